@@ -1,0 +1,279 @@
+"""What a run is made of: frozen dataclasses, one section each, every field with its unit.
+
+Field names of :class:`ModelConfig` are DeepSeek's own (the ``config.json`` of the published checkpoints), so that
+a reader can lay the two side by side. Everything else in the repository uses the names of ``pallas_kernels/dims.py``.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One piece of a schedule over consumed tokens.
+
+    ``constant`` holds ``value`` until ``until``; ``linear`` and ``cosine`` go from the previous piece's value to
+    ``value``, reached at ``until``. A first piece with ``until = 0`` sets where a ramp starts.
+    """
+
+    until: float
+    """Where this piece ends: consumed tokens, or a share of the run when the section says ``fraction``."""
+    value: float
+    """Value held, or reached at the end of the piece."""
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+
+
+Schedule = tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """YaRN (spec 4.4). ``factor = 1`` is plain RoPE."""
+
+    factor: float = 1.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture. Defaults are a small complete DeepSeek-V3; presets state every field that matters to them."""
+
+    vocab_size: int = 2048
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    first_k_dense_replace: int = 1
+    """The first layers, whose FFN is dense; all others are mixture-of-experts layers."""
+    intermediate_size: int = 512
+    """Width of a dense FFN."""
+
+    attention: Literal["mla", "mha"] = "mla"
+    """``mla`` latent attention; ``mha`` the plain (or grouped-query) attention of the dense and MoE-16B models."""
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
+    """Heads of K and V with ``mha`` (fewer than query heads: GQA). Equal to the query heads with ``mla``."""
+    head_dim: int = 32
+    """Head dimension with ``mha``."""
+    q_lora_rank: int = 64
+    """Query latent; 0 means the query is not compressed (V2-Lite)."""
+    kv_lora_rank: int = 32
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 16
+    v_head_dim: int = 32
+
+    n_routed_experts: int = 16
+    """0 makes a dense model."""
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 4
+    moe_intermediate_size: int = 64
+    n_group: int = 1
+    topk_group: int = 1
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"] = "noaux_tc"
+    """``noaux_tc`` has the per-expert selection bias (V3); the other two do not (V2, MoE-16B)."""
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+
+    num_nextn_predict_layers: int = 1
+    """Depth of multi-token prediction; 0 leaves the MTP modules out."""
+    mtp_concat: Literal["embedding_first", "hidden_first"] = "embedding_first"
+    """Order of eh_proj's two inputs: the released weights' order, or that printed in the paper (spec 7.2)."""
+    mtp_hidden: Literal["post_norm", "pre_norm"] = "post_norm"
+    """The trunk's hidden state that MTP reads: after or before the final norm (UNCONFIRMED, spec 7.2)."""
+
+    max_position_embeddings: int = 4096
+    rope_theta: float = 10000.0
+    rope_interleave: bool = True
+    """RoPE pairs adjacent channels (DeepSeek's checkpoints) or the two halves (llama layout)."""
+    rope_scaling: RopeScaling = RopeScaling()
+    rms_norm_eps: float = 1e-6
+    init_std: float = 0.006
+    """Standard deviation of every weight matrix and of the embedding at the start."""
+    init_distribution: Literal["normal", "truncated_normal"] = "normal"
+    """UNCONFIRMED in the paper (spec 3)."""
+    tie_word_embeddings: bool = False
+    bos_token_id: int = 0
+    eos_token_id: int = 1
+
+    @property
+    def n_moe_layers(self) -> int:
+        """Mixture-of-experts layers of the trunk."""
+        return self.num_hidden_layers - self.n_dense_layers
+
+    @property
+    def n_dense_layers(self) -> int:
+        """Layers of the trunk with a dense FFN."""
+        return min(self.first_k_dense_replace, self.num_hidden_layers) if self.n_routed_experts else self.num_hidden_layers
+
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether routers carry the selection bias of auxiliary-loss-free balancing."""
+        return self.n_routed_experts > 0 and self.topk_method == "noaux_tc"
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Query/key head dimension H."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim if self.attention == "mla" else self.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Value head dimension W."""
+        return self.v_head_dim if self.attention == "mla" else self.head_dim
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes rows of tokens."""
+
+    source: str = "python"
+    """``python`` (the standard library's sources and documentation that this Python ships), or a file or folder of
+    .txt, .md, .py, .rst, .jsonl and .array_record files."""
+    text_field: str = "text"
+    """The key that holds a document's text in JSONL."""
+    tokenizer: str = "train"
+    """``train`` a byte-level BPE on the run's own corpus, or the path of a tokenizer.json."""
+    tokenizer_bytes: int = 8_000_000
+    """Bytes of the train split that a new tokenizer is trained on; 0 takes all."""
+    val_fraction: float = 0.05
+    """Share of documents (files) held out for validation."""
+    max_bytes: int = 0
+    """Bytes of the train split used, taken by a seeded choice of documents; 0 takes all."""
+    fim_rate: float = 0.1
+    """Share of documents turned into fill-in-the-middle, PSM form (spec 9.2)."""
+    split_rate: float = 0.1
+    """Share of tokens joining punctuation and line breaks that are split (spec 9.3; share UNCONFIRMED)."""
+    pack_window: int = 256
+    """Documents packed together by best fit."""
+    workers: int = 1
+    """Threads that prepare rows ahead of the step."""
+    prefetch: int = 8
+    """Batches kept ready."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how large, how often."""
+
+    steps: int = 0
+    """Optimizer steps of the run; 0 lets ``tokens`` decide."""
+    tokens: float = 0.0
+    """Tokens of the run; the run ends at ``steps`` or ``tokens``, whichever comes first, 0 being no limit."""
+    seq_len: int = 128
+    """Tokens a sequence is trained on (T)."""
+    batch_size: int = 16
+    """Sequences an optimizer step sees on all devices together."""
+    batch_ramp: Schedule = ()
+    """Sequences a step over consumed tokens, up to ``batch_size``; empty is constant."""
+    micro_batch_size: int = 0
+    """Sequences of one forward and backward pass on one device; 0 takes all of the device's at once."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Type of activations and matrix products. Master weights and gradients are float32 in either."""
+    remat: Literal["none", "paper", "full"] = "none"
+    """What the backward pass computes again: nothing; norms, MLA up-projections and SwiGLU (spec 12); each block."""
+    loss_chunk: int = 2048
+    """Tokens whose float32 logits exist at one time."""
+    seed: int = 0
+    ema_decay: float = 0.0
+    """Decay of the moving average of parameters; 0 keeps none (decay UNCONFIRMED in the paper)."""
+    log_every: int = 10
+    """Steps between two readings of the metrics by the host. Every step is written to metrics.jsonl all the same."""
+    eval_every: int = 100
+    eval_sequences: int = 64
+    """Validation sequences of one evaluation; 0 leaves validation out."""
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept, beside the best by validation."""
+    max_nonfinite_steps: int = 10
+    """Steps with a non-finite loss or gradient, one after another, that stop the run."""
+    init_from: str = ""
+    """Run folder whose newest weights a new run starts from (the next phase of a recipe)."""
+    bigram_gate: bool = False
+    """End with status 1 when validation does not beat a bigram model over the tokens that the run consumed."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and the learning rate."""
+
+    learning_rate: float = 3e-4
+    """Peak."""
+    warmup_steps: int = 2000
+    """Linear from 0, in steps, the first step counted as 1."""
+    schedule: Schedule = ()
+    """Factor of ``learning_rate`` over consumed tokens; empty is constant."""
+    schedule_unit: Literal["tokens", "fraction"] = "tokens"
+    """Whether ``until`` in ``schedule`` counts tokens or is a share of the run."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    """UNCONFIRMED in the paper."""
+    weight_decay: float = 0.1
+    decay: Literal["matrices", "all"] = "matrices"
+    """What decays: matrices only (UNCONFIRMED in the paper), or norms too."""
+    grad_clip_norm: float = 1.0
+    """Global norm; 0 does not clip."""
+    moment_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Storage of both Adam moments; the arithmetic is float32 in either."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is added to cross entropy, and the bias update that balances experts without a loss."""
+
+    mtp_weight: Schedule = (Segment(float("inf"), 0.3),)
+    """Lambda of the MTP loss over consumed tokens (spec 7.1)."""
+    bias_update_speed: Schedule = (Segment(float("inf"), 0.001),)
+    """Gamma of the router bias update over consumed tokens (spec 6.1)."""
+    bias_update_rule: Literal["sign", "error"] = "sign"
+    """``b += gamma * sign(mean - count)``, or the proportional variant for softmax routers, whose error is the share of
+    the mean load (spec 6.1)."""
+    sequence_balance: float = 1e-4
+    """Alpha of V3's sequence-wise balance loss (spec 6.2)."""
+    balance_indicator: Literal["affinity", "selected"] = "affinity"
+    """Whose top-K the load f counts: the raw affinities as printed, or the experts really selected."""
+    expert_balance: float = 0.0
+    """Alpha 1 of V2's expert-level loss (spec 6.3)."""
+    device_balance: float = 0.0
+    """Alpha 2 of V2's device-level loss."""
+    communication_balance: float = 0.0
+    """Alpha 3 of V2's communication loss."""
+    balance_devices: int = 1
+    """D of the two device losses: routed experts are taken as spread evenly over so many devices."""
+    devices_per_token: int = 1
+    """M of the communication loss."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Named mesh axes; their product is the number of devices."""
+
+    pipe: int = 1
+    expert: int = 1
+    data: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """A complete run."""
+
+    name: str = "custom"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+class ConfigError(ValueError):
+    """The user's mistake, told in one line: the field, its value, and what would be right."""
+
+
+def replace(config: Config, **sections: dict[str, object]) -> Config:
+    """A copy with fields changed by section: ``replace(config, train={"steps": 10})``."""
+    changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(config, **changed)
