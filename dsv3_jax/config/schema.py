@@ -147,7 +147,13 @@ class DataConfig:
     split_rate: float = 0.1
     """Share of tokens joining punctuation and line breaks that are split (spec 9.3; share UNCONFIRMED)."""
     pack_window: int = 256
-    """Documents packed together by best fit."""
+    """Documents tokenized and packed together by best fit. The first row waits for all of them: with documents as long
+    as books choose fewer."""
+    shards: int = 1
+    """Parts that the train split is dealt into; row k of the stream is the next of part k mod ``shards``. Part of the
+    order of rows, so the same for any number of processes, which must divide it."""
+    seed: int = 0
+    """Of the split, the choice of documents and the tokenizer's sample; ``train.seed`` orders the stream."""
     workers: int = 1
     """Threads that prepare rows ahead of the step."""
     prefetch: int = 8

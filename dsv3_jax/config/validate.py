@@ -163,8 +163,8 @@ def _validate_data(config: Config) -> None:
     for name in ("fim_rate", "split_rate"):
         value = getattr(data, name)
         _require(0 <= value <= 1, f"data.{name} = {value} must be between 0 and 1")
-    _positive("data", data, "pack_window", "prefetch")
-    _not_negative("data", data, "tokenizer_bytes", "max_bytes", "workers")
+    _positive("data", data, "pack_window", "prefetch", "shards")
+    _not_negative("data", data, "tokenizer_bytes", "max_bytes", "workers", "seed")
     _require(bool(data.source), "data.source is empty: name a file or folder, or 'python'")
     _require(bool(data.tokenizer), "data.tokenizer is empty: 'train', or the path of a tokenizer.json")
 
