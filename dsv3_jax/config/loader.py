@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import math
 import tomllib
 import types
@@ -47,10 +48,10 @@ def load_config(
     if isinstance(source, Mapping):
         tree = _with_base(dict(source), "the given mapping")
     else:
-        tree = _read(_find(str(source), model_only))
+        tree = _read(_find(str(source), model_only).resolve())
     if overrides:
         tree = _overlay(tree, overrides)
-    config = _build(Config, tree, "")
+    config = build(Config, tree, "")
     validate(config)
     return config
 
@@ -90,7 +91,9 @@ def _find(name: str, model_only: bool) -> Path:
         if not Path(name).is_file():
             raise ConfigError(f"config file {name!r} does not exist")
         return Path(name)
-    raise ConfigError(f"preset {name!r} is not known{_nearest(name, preset_names())}; there are {', '.join(preset_names())}")
+    raise ConfigError(
+        f"preset {name!r} is not known{nearest(name, preset_names())}; there are {', '.join(preset_names())}"
+    )
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -104,7 +107,9 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _with_base(tree, path.name, path, seen)
 
 
-def _with_base(tree: dict[str, Any], where: str, path: Path | None = None, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _with_base(
+    tree: dict[str, Any], where: str, path: Path | None = None, seen: tuple[Path, ...] = ()
+) -> dict[str, Any]:
     base = tree.pop("base", None)
     if base is None:
         return tree
@@ -115,10 +120,10 @@ def _with_base(tree: dict[str, Any], where: str, path: Path | None = None, seen:
         candidates.append(path.parent / base)
     for candidate in candidates:
         if candidate.is_file():
-            below = _read(candidate, (*seen, *([path] if path else [])))
+            below = _read(candidate.resolve(), (*seen, *([path] if path else [])))
             return _overlay(below, tree)
     known = [f"{kind}/{p.stem}" for kind in ("model", "train") for p in (preset_folder() / kind).glob("*.toml")]
-    raise ConfigError(f"base = {base!r} in {where} does not exist{_nearest(base, known)}")
+    raise ConfigError(f"base = {base!r} in {where} does not exist{nearest(base, known)}")
 
 
 def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,8 +134,12 @@ def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def _build(cls: type, tree: Any, where: str) -> Any:
-    """One dataclass from a mapping, with every key and type checked."""
+def build(cls: type, tree: Any, where: str) -> Any:
+    """A dataclass from a mapping of its fields, every key and type checked.
+
+    Raises:
+        ConfigError: an unknown, missing or mistyped field, named with ``where`` (such as ``"model."``) before it.
+    """
     if dataclasses.is_dataclass(tree) and isinstance(tree, cls):
         return tree
     if not isinstance(tree, Mapping):
@@ -140,22 +149,25 @@ def _build(cls: type, tree: Any, where: str) -> Any:
     values = {}
     for key, value in tree.items():
         if key not in fields:
-            raise ConfigError(f"unknown field {where}{key}{_nearest(key, list(fields))}")
+            raise ConfigError(f"unknown field {where}{key}{nearest(key, list(fields))}")
         values[key] = _convert(types_[key], value, f"{where}{key}")
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise ConfigError(f"{where.rstrip('.') or 'config'}: {error}") from error
+    for key, item in fields.items():
+        optional = item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
+        if key not in values and not optional:
+            raise ConfigError(f"{where}{key} is missing")
+    return cls(**values)
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
-        return _build(typing.cast(type, kind), value, where + ".")
+        return build(typing.cast(type, kind), value, where + ".")
     origin = typing.get_origin(kind)
     if origin is typing.Literal:
         options = typing.get_args(kind)
         if value not in options:
-            raise ConfigError(f"{where} = {value!r} must be one of {', '.join(map(repr, options))}{_nearest(value, options)}")
+            raise ConfigError(
+                f"{where} = {value!r} must be one of {', '.join(map(repr, options))}{nearest(value, options)}"
+            )
         return value
     if origin in (tuple, types.GenericAlias):
         (item, *_) = typing.get_args(kind)
@@ -176,7 +188,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 _KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
-def _nearest(key: object, options: typing.Iterable[object]) -> str:
+def nearest(key: object, options: typing.Iterable[object]) -> str:
+    """``; did you mean '...'?`` for a mistyped key, or nothing when no option is near."""
     close = difflib.get_close_matches(str(key), [str(option) for option in options], n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -190,6 +203,6 @@ def _literal(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_literal(item) for item in value) + "]"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
+        # JSON's escapes are TOML's, but for the one control character that JSON leaves as it is.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)

@@ -107,7 +107,9 @@ class ModelConfig:
     @property
     def n_dense_layers(self) -> int:
         """Layers of the trunk with a dense FFN."""
-        return min(self.first_k_dense_replace, self.num_hidden_layers) if self.n_routed_experts else self.num_hidden_layers
+        return (
+            min(self.first_k_dense_replace, self.num_hidden_layers) if self.n_routed_experts else self.num_hidden_layers
+        )
 
     @property
     def has_router_bias(self) -> bool:

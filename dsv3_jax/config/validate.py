@@ -46,10 +46,21 @@ def _share(section: str, owner: object, *names: str) -> None:
 def validate_model(model: ModelConfig) -> None:
     """Raise :class:`ConfigError` for an architecture that cannot be."""
     _positive(
-        "model", model, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-        "max_position_embeddings", "rope_theta", "rms_norm_eps", "init_std",
+        "model",
+        model,
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "rope_theta",
+        "rms_norm_eps",
+        "init_std",
     )
-    _not_negative("model", model, "first_k_dense_replace", "q_lora_rank", "num_nextn_predict_layers", "n_routed_experts")
+    _not_negative(
+        "model", model, "first_k_dense_replace", "q_lora_rank", "num_nextn_predict_layers", "n_routed_experts"
+    )
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     if model.attention == "mla":
         _positive("model", model, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -59,11 +70,13 @@ def validate_model(model: ModelConfig) -> None:
         )
         _require(
             kv_heads == heads,
-            f"model.num_key_value_heads = {kv_heads} must equal model.num_attention_heads = {heads} with attention = 'mla'",
+            f"model.num_key_value_heads = {kv_heads} must equal model.num_attention_heads = {heads} with 'mla'",
         )
     else:
         _positive("model", model, "head_dim")
-        _require(model.head_dim % 2 == 0, f"model.head_dim = {model.head_dim} must be even: RoPE turns pairs of channels")
+        _require(
+            model.head_dim % 2 == 0, f"model.head_dim = {model.head_dim} must be even: RoPE turns pairs of channels"
+        )
         _require(
             heads % kv_heads == 0,
             f"model.num_key_value_heads = {kv_heads} must divide model.num_attention_heads = {heads}",
@@ -74,7 +87,7 @@ def validate_model(model: ModelConfig) -> None:
     _require(scaling.factor >= 1, f"model.rope_scaling.factor = {scaling.factor} must be at least 1 (1 is plain RoPE)")
     _require(
         scaling.beta_fast >= scaling.beta_slow > 0,
-        f"model.rope_scaling.beta_fast = {scaling.beta_fast} must be at least beta_slow = {scaling.beta_slow}, both above 0",
+        f"model.rope_scaling.beta_fast = {scaling.beta_fast} must be at least beta_slow = {scaling.beta_slow} > 0",
     )
     _positive("model.rope_scaling", scaling, "original_max_position_embeddings")
     for name in ("bos_token_id", "eos_token_id"):
@@ -90,7 +103,9 @@ def validate_model(model: ModelConfig) -> None:
 def _validate_experts(model: ModelConfig) -> None:
     experts, chosen = model.n_routed_experts, model.num_experts_per_tok
     groups, kept = model.n_group, model.topk_group
-    _positive("model", model, "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group", "routed_scaling_factor")
+    _positive(
+        "model", model, "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group", "routed_scaling_factor"
+    )
     _not_negative("model", model, "n_shared_experts")
     _require(
         chosen <= experts,
@@ -100,7 +115,7 @@ def _validate_experts(model: ModelConfig) -> None:
     _require(kept <= groups, f"model.topk_group = {kept} must be at most model.n_group = {groups}")
     _require(
         chosen <= kept * (experts // groups),
-        f"model.num_experts_per_tok = {chosen} does not fit in topk_group = {kept} groups of {experts // groups} experts",
+        f"model.num_experts_per_tok = {chosen} does not fit in topk_group = {kept} groups of {experts // groups}",
     )
     if groups > 1:
         _require(
@@ -125,8 +140,18 @@ def _validate_schedule(name: str, schedule: Schedule) -> None:
 
 def _validate_train(config: Config) -> None:
     train = config.train
-    _positive("train", train, "seq_len", "batch_size", "loss_chunk", "log_every", "eval_every", "checkpoint_every",
-              "keep_checkpoints", "max_nonfinite_steps")
+    _positive(
+        "train",
+        train,
+        "seq_len",
+        "batch_size",
+        "loss_chunk",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "max_nonfinite_steps",
+    )
     _not_negative("train", train, "steps", "tokens", "micro_batch_size", "eval_sequences", "seed")
     _share("train", train, "ema_decay")
     _require(
@@ -180,7 +205,8 @@ def _validate_loss(config: Config) -> None:
         )
     _require(
         loss.devices_per_token <= loss.balance_devices,
-        f"loss.devices_per_token = {loss.devices_per_token} must be at most loss.balance_devices = {loss.balance_devices}",
+        f"loss.devices_per_token = {loss.devices_per_token} must be at most "
+        f"loss.balance_devices = {loss.balance_devices}",
     )
 
 

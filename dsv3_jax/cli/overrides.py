@@ -1,0 +1,194 @@
+"""Command line to configuration: a preset, ``--section.field value`` over it, and a command's own options.
+
+Values pass through the same conversion as TOML presets, so a mistake reads the same wherever it was made. ``--help`` is
+tyro's, made from the dataclasses: every field with its type, its docstring and the preset's value.
+"""
+
+import dataclasses
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from dsv3_jax.config import Config, ConfigError, load_config, preset_names
+from dsv3_jax.config.loader import build, nearest
+
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A command without options of its own."""
+
+
+@dataclass(frozen=True)
+class _Flag:
+    path: tuple[str, ...]
+    kind: Any
+
+
+def parse_config[T](
+    prog: str,
+    argv: Sequence[str],
+    description: str,
+    options: type[T] = NoOptions,
+    *,
+    default: str | None = None,
+    model_only: bool = False,
+) -> tuple[Config, T]:
+    """``PRESET [--section.field value] [--option value]`` as a validated configuration and the command's own options.
+
+    Args:
+        prog: what the user typed so far, such as ``"dsv3 train"``.
+        argv: the words after it.
+        description: what the command does, for ``--help``.
+        options: a frozen dataclass of the command's own options; a field ``out`` is the flag ``--out``.
+        default: preset when none is named; None makes it required.
+        model_only: prefer the released architecture over the training recipe of that name.
+
+    Raises:
+        ConfigError: an unknown flag, a value of the wrong kind, or a configuration that cannot be; one line.
+        SystemExit: with status 0, after printing ``--help``.
+    """
+    own, fields = _flags(options), _flags(Config)
+    if _wants_help(argv):
+        named = next((word for word in argv if not word.startswith("-")), None)
+        base = load_config(named if named in preset_names() else default or "tiny", model_only=model_only)
+        preset = f"PRESET is the path of a TOML file or one of: {', '.join(preset_names())}."
+        _print_help(f"{prog} PRESET", f"{description}\n\n{preset}", options, base)
+    words, values = _split(prog, argv, {**fields, **own})
+    if not words and default is None:
+        raise ConfigError(f"name a preset, as in `{prog} tiny`; there are {', '.join(preset_names())}")
+    if len(words) > 1:
+        raise ConfigError(f"{words[1]!r} is not expected after the preset {words[0]!r}; see `{prog} --help`")
+    preset = words[0] if words else typing.cast(str, default)
+    changes: dict[str, Any] = {}
+    for flag in fields.keys() & values.keys():
+        _put(changes, fields[flag].path, values[flag])
+    return load_config(preset, changes, model_only=model_only), _own_options(options, own, values)
+
+
+def parse_options[T](prog: str, argv: Sequence[str], description: str, options: type[T]) -> T:
+    """``[--option value]`` of a command that takes no preset; a field without a default must be given.
+
+    Raises:
+        ConfigError: an unknown or missing flag, a stray word, or a value of the wrong kind; one line.
+        SystemExit: with status 0, after printing ``--help``.
+    """
+    own = _flags(options)
+    if _wants_help(argv):
+        _print_help(prog, description, options, None)
+    words, values = _split(prog, argv, own)
+    if words:
+        raise ConfigError(f"{words[0]!r} is not expected; see `{prog} --help`")
+    return _own_options(options, own, values)
+
+
+def _own_options[T](options: type[T], own: Mapping[str, _Flag], values: Mapping[str, Any]) -> T:
+    for flag, spec in own.items():
+        (field,) = [item for item in dataclasses.fields(typing.cast(Any, options)) if item.name == spec.path[0]]
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and flag not in values:
+            raise ConfigError(f"{flag} is missing")
+    return build(options, {own[flag].path[0]: values[flag] for flag in own.keys() & values.keys()}, "--")
+
+
+def _flags(cls: type, path: tuple[str, ...] = ()) -> dict[str, _Flag]:
+    """Every leaf field of a dataclass by its flag: ``--model.rope-scaling.factor``."""
+    found = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        here = (*path, name)
+        if dataclasses.is_dataclass(kind):
+            found |= _flags(typing.cast(type, kind), here)
+        else:
+            found["--" + ".".join(here).replace("_", "-")] = _Flag(here, kind)
+    return found
+
+
+def _split(prog: str, argv: Sequence[str], table: Mapping[str, _Flag]) -> tuple[list[str], dict[str, Any]]:
+    """Plain words, and values by flag."""
+    words, values, rest = [], {}, list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            words.append(word)
+            continue
+        name, has_value, text = word.partition("=")
+        flag = name.replace("_", "-")
+        if flag not in table:
+            raise ConfigError(f"unknown option {name}{nearest(flag, table)}; see `{prog} --help`")
+        if not has_value:
+            follows = rest[0] if rest else None
+            if table[flag].kind is bool:
+                text = rest.pop(0) if follows is not None and follows.lower() in _TRUTH else "true"
+            elif follows is None or follows.startswith("--"):
+                raise ConfigError(f"{flag} needs a value")
+            else:
+                text = rest.pop(0)
+        values[flag] = _value(table[flag].kind, text)
+    return words, values
+
+
+def _value(kind: Any, text: str) -> Any:
+    """What ``text`` stands for; left as text where it stands for nothing else, for the loader to refuse by name."""
+    if kind is str or typing.get_origin(kind) is typing.Literal:
+        return text
+    if kind is bool:
+        return _TRUTH.get(text.lower(), text)
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            pass
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value
+
+
+def _wants_help(argv: Sequence[str]) -> bool:
+    return "--help" in argv or "-h" in argv
+
+
+def _print_help(prog: str, description: str, options: type, config: Config | None) -> typing.NoReturn:
+    import tyro  # Only help needs it, and it takes a third of a second to import.
+
+    def schedule_rule(info: Any) -> Any:
+        if typing.get_origin(info.type) is tuple:
+            return tyro.constructors.PrimitiveConstructorSpec(
+                nargs=1,
+                metavar="NUMBER|[{until, value, shape}, ...]",
+                instance_from_str=lambda text: text[0],
+                is_instance=lambda value: isinstance(value, tuple),
+                str_from_instance=lambda value: [_schedule_text(value)],
+            )
+        return None
+
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(schedule_rule)
+    # Members without a default come first, as in every dataclass.
+    members: list[Any] = [("options", Annotated[options, tyro.conf.arg(name="")])]
+    if config is not None:
+        members.append(("config", Annotated[Config, tyro.conf.arg(name="")], dataclasses.field(default=config)))
+    arguments = dataclasses.make_dataclass("Arguments", members)
+    tyro.cli(
+        arguments,
+        prog=prog,
+        description=f"{description}\n\nAn option that is true or false may stand alone for true.",
+        args=["--help"],
+        config=(tyro.conf.FlagConversionOff,),
+        registry=registry,
+    )
+    raise SystemExit(0)
+
+
+def _schedule_text(value: Any) -> str:
+    pieces = [f"{piece.value:g} until {piece.until:g} ({piece.shape})" for piece in value]
+    return ", ".join(pieces) or "none"
