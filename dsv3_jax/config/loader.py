@@ -7,7 +7,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 _KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
-def nearest(key: object, options: typing.Iterable[object]) -> str:
+def nearest(key: object, options: Iterable[object]) -> str:
     """``; did you mean '...'?`` for a mistyped key, or nothing when no option is near."""
     close = difflib.get_close_matches(str(key), [str(option) for option in options], n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

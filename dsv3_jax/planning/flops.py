@@ -24,7 +24,7 @@ def flops_per_token(model: ModelConfig, seq_len: int, causal: bool = True, mtp: 
         linear += counts.mtp_active + depth * counts.head_matrix
         layers += depth
     attention = 3 * layers * 2 * model.num_attention_heads * (model.qk_head_dim + model.value_head_dim) * seen
-    return 6 * linear + attention
+    return float(6 * linear + attention)
 
 
 def cache_elements_per_token(model: ModelConfig) -> int:
