@@ -1,0 +1,117 @@
+"""The pre-norm transformer block, and a stack of equal blocks run by one scan."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.nn.attention import LayerCache
+from dsv3_jax.nn.ffn import FeedForward
+from dsv3_jax.nn.mha import MHA
+from dsv3_jax.nn.mla import MLA, AttentionForm
+from dsv3_jax.nn.moe import BalanceLoss, MoE, MoEAux
+from dsv3_jax.nn.norm import RMSNorm
+from dsv3_jax.nn.router import Router
+
+Remat = Literal["none", "paper", "full"]
+_SAVED = ("latent", "attention", "residual", "gate_up")
+
+
+class Block(nnx.Module):
+    """``h + attention(norm(h))``, then ``h + ffn(norm(h))`` (spec 3)."""
+
+    def __init__(
+        self, config: ModelConfig, *, moe: bool, rngs: nnx.Rngs, router: Callable[..., nnx.Module] = Router
+    ):
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = (MLA if config.attention == "mla" else MHA)(config, rngs=rngs)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if moe:
+            self.moe = MoE(config, rngs=rngs, router=router)
+        else:
+            self.ffn = FeedForward(config, config.intermediate_size, rngs=rngs)
+        self.is_moe = moe
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        *,
+        balance: BalanceLoss | None = None,
+        cache: LayerCache | None = None,
+        form: AttentionForm = "naive",
+    ) -> tuple[Float[Array, "B T D"], MoEAux | None, LayerCache | None]:
+        """The block's output, its routing record where it routes, and its cache where one was given."""
+        attended, cache = self.attention(self.attention_norm(x), positions, cache, form)
+        x = checkpoint_name(x + attended, "residual")
+        normed = self.ffn_norm(x)
+        if self.is_moe:
+            out, aux = self.moe(normed, balance)
+        else:
+            out, aux = self.ffn(normed), None
+        return x + out, aux, cache
+
+
+def stack_blocks(
+    config: ModelConfig, layers: int, *, moe: bool, rngs: nnx.Rngs, router: Callable[..., nnx.Module] = Router
+) -> Block:
+    """A :class:`Block` whose every variable has a leading layer dim, each layer drawn from its own key."""
+
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def create(rngs: nnx.Rngs) -> Block:
+        return Block(config, moe=moe, rngs=rngs, router=router)
+
+    return create(rngs)
+
+
+def run_blocks(
+    blocks: Block,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    *,
+    balance: BalanceLoss | None = None,
+    remat: Remat = "none",
+    cache: LayerCache | None = None,
+    form: AttentionForm = "naive",
+) -> tuple[Float[Array, "B T D"], MoEAux | None, LayerCache | None]:
+    """All layers of a stack by one ``lax.scan``, so that compile time does not grow with depth.
+
+    ``cache`` has a leading layer dim, as have the returned routing records and cache.
+    """
+    graph, stacked = nnx.split(blocks)
+
+    def layer(
+        x: jax.Array, inputs: tuple[nnx.State, LayerCache | None]
+    ) -> tuple[jax.Array, tuple[MoEAux | None, LayerCache | None]]:
+        state, layer_cache = inputs
+        block = nnx.merge(graph, state)
+        x, aux, layer_cache = block(x, positions, balance=balance, cache=layer_cache, form=form)
+        return x, (aux, layer_cache)
+
+    x, (aux, cache) = lax.scan(rematerialize(layer, remat), x, (stacked, cache))
+    return x, aux, cache
+
+
+def rematerialize[**P, R](function: Callable[P, R], remat: Remat) -> Callable[P, R]:
+    """``function`` under the chosen recomputation.
+
+    ``paper`` keeps what matrix products other than MLA's up-projections put out, and computes norms,
+    up-projections, rotation and SwiGLU again in the backward pass (spec 12); ``full`` keeps a block's input only.
+    """
+    if remat == "none":
+        return function
+    policy = jax.checkpoint_policies.save_only_these_names(*_SAVED) if remat == "paper" else None
+    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+
+
+def concatenate_aux(records: list[MoEAux | None]) -> MoEAux | None:
+    """Routing records of several stacks as one, in order of depth; None where nothing routes."""
+    found = [jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[1:]), record) for record in records if record]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found) if found else None

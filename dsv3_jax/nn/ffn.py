@@ -1,0 +1,27 @@
+"""SwiGLU and the dense feed-forward network."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.nn.linear import Linear
+
+
+def swiglu(gate_up: Float[Array, "*rows F2"]) -> Float[Array, "*rows F"]:
+    """``silu(gate) * up`` of the two halves of the last dim (spec 3)."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return checkpoint_name(jax.nn.silu(gate) * up, "swiglu")
+
+
+class FeedForward(nnx.Module):
+    """Dense SwiGLU network. ``gate_up`` holds both input projections, gate first: one product instead of two."""
+
+    def __init__(self, config: ModelConfig, width: int, *, rngs: nnx.Rngs):
+        self.gate_up = Linear(config, config.hidden_size, 2 * width, rngs=rngs)
+        self.down = Linear(config, width, config.hidden_size, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        return self.down(swiglu(checkpoint_name(self.gate_up(x), "gate_up")))

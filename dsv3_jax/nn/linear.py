@@ -1,0 +1,71 @@
+"""Matrix product with a float32 master weight, and the linear layer and embedding made of it."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+
+
+def _precision(dtype: jnp.dtype) -> lax.Precision:
+    """Float32 means float32: GPUs would otherwise take TF32."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
+@jax.custom_vjp
+def matmul(x: Float[Array, "*rows in_"], w: Float[Array, "in_ out"]) -> Float[Array, "*rows out"]:
+    """``x @ w`` computed in x's dtype with float32 accumulation.
+
+    The weight's gradient is accumulated and returned in the weight's own dtype (float32 masters), never rounded
+    through the activations' dtype (spec 3.3.3 of the V3 report as restated in spec 11.2).
+    """
+    return jnp.matmul(x, w.astype(x.dtype), precision=_precision(x.dtype))
+
+
+def _matmul_fwd(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return matmul(x, w), (x, w)
+
+
+def _matmul_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = residuals
+    precision = _precision(x.dtype)
+    dx = jnp.matmul(dy, w.astype(dy.dtype).T, precision=precision)
+    rows = tuple(range(x.ndim - 1))
+    dw = lax.dot_general(x, dy, ((rows, rows), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return dx, dw.astype(w.dtype)
+
+
+matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+def init_weight(config: ModelConfig, rngs: nnx.Rngs, *shape: int) -> Float[Array, "..."]:
+    """Float32 weights drawn as the configuration says (spec 3: one standard deviation for all)."""
+    draw = jax.random.normal if config.init_distribution == "normal" else _truncated_normal
+    return config.init_std * draw(rngs.params(), shape, jnp.float32)
+
+
+def _truncated_normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Cut at three deviations, which leaves the deviation 0.9866 of a normal's: undone here."""
+    return jax.random.truncated_normal(key, -3.0, 3.0, shape, dtype) / 0.98658
+
+
+class Linear(nnx.Module):
+    """``y = x @ kernel``, no bias anywhere in the family; ``kernel`` is [in, out] float32."""
+
+    def __init__(self, config: ModelConfig, size_in: int, size_out: int, *, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(init_weight(config, rngs, size_in, size_out))
+
+    def __call__(self, x: Float[Array, "*rows in_"]) -> Float[Array, "*rows out"]:
+        return matmul(x, self.kernel[...])
+
+
+class Embedding(nnx.Module):
+    """Token embedding; ``table`` is [V, D] float32."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.table = nnx.Param(init_weight(config, rngs, config.vocab_size, config.hidden_size))
+
+    def __call__(self, tokens: Int[Array, "*rows"], dtype: jnp.dtype) -> Float[Array, "*rows D"]:
+        return self.table[...][tokens].astype(dtype)

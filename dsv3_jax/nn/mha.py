@@ -1,0 +1,58 @@
+"""Multi-head and grouped-query attention of the dense DeepSeek LLM and DeepSeekMoE-16B (spec 1.5, 29.4)."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.nn.attention import LayerCache, masked_softmax, visible, write_cache
+from dsv3_jax.nn.linear import Linear
+from dsv3_jax.nn.mla import AttentionForm
+from dsv3_jax.nn.rope import rotate, rotation, softmax_scale
+from pallas_kernels.attention import causal_attention
+
+
+class MHA(nnx.Module):
+    """Attention with RoPE on whole heads; fewer key/value heads than query heads make it grouped-query attention."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.config = config
+        self.scale = softmax_scale(config)
+        self.query = Linear(config, config.hidden_size, width, rngs=rngs)
+        self.key = Linear(config, config.hidden_size, kv_width, rngs=rngs)
+        self.value = Linear(config, config.hidden_size, kv_width, rngs=rngs)
+        self.out = Linear(config, width, config.hidden_size, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        cache: LayerCache | None = None,
+        form: AttentionForm = "naive",
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Causal attention within x, or over ``cache`` and x. There is nothing to absorb: ``form`` makes no difference."""
+        del form
+        config, cos_sin = self.config, rotation(self.config, positions)
+        heads = (*x.shape[:2], -1, config.head_dim)
+        q_BTNH = rotate(self.query(x).reshape(heads), cos_sin, interleave=config.rope_interleave)
+        k_BTNH = rotate(self.key(x).reshape(heads), cos_sin, interleave=config.rope_interleave)
+        v_BTNH = self.value(x).reshape(heads)
+        if cache is None:
+            o_BTNH = causal_attention(q_BTNH, k_BTNH, v_BTNH, scale=self.scale)
+        else:
+            cache = write_cache(cache, k_BTNH, v_BTNH, positions)
+            o_BTNH = self._attend(q_BTNH, cache, positions)
+        o_BTX = checkpoint_name(o_BTNH.reshape(*x.shape[:2], -1), "attention")
+        return self.out(o_BTX), cache
+
+    def _attend(
+        self, q_BTNH: Float[Array, "B T N H"], cache: LayerCache, positions: Int[Array, "B T"]
+    ) -> Float[Array, "B T N H"]:
+        repeats = self.config.num_attention_heads // self.config.num_key_value_heads
+        k_BSNH, v_BSNH = (jnp.repeat(kept.astype(q_BTNH.dtype), repeats, axis=2) for kept in cache)
+        scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=jnp.float32) * self.scale
+        p_BNTS = masked_softmax(scores_BNTS, visible(positions, k_BSNH.shape[1])).astype(q_BTNH.dtype)
+        return jnp.einsum("bnts,bsnh->btnh", p_BNTS, v_BSNH)

@@ -1,0 +1,117 @@
+"""Multi-head latent attention (V3 eqs 1-11, spec 4): naive form for training and prefill, absorbed form for decode."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.nn.attention import LayerCache, masked_softmax, visible, write_cache
+from dsv3_jax.nn.linear import Linear
+from dsv3_jax.nn.norm import RMSNorm
+from dsv3_jax.nn.rope import rotate, rotation, softmax_scale
+from pallas_kernels.attention import causal_attention
+
+AttentionForm = Literal["naive", "absorbed"]
+
+
+class MLA(nnx.Module):
+    """Latent attention: K and V of all heads come from one latent of C numbers and one shared rotated key of R.
+
+    Column layouts are those of the published checkpoints (spec 4.2): ``q_up`` per head U then R, ``kv_down`` latent
+    then rope key, ``kv_up`` per head U then W. Without query compression ``q_up`` reads the block input itself.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        heads, eps = config.num_attention_heads, config.rms_norm_eps
+        self.config = config
+        self.scale = softmax_scale(config)
+        query_input = config.hidden_size
+        if config.q_lora_rank:
+            query_input = config.q_lora_rank
+            self.q_down = Linear(config, config.hidden_size, config.q_lora_rank, rngs=rngs)
+            self.q_norm = RMSNorm(config.q_lora_rank, eps)
+        self.q_up = Linear(config, query_input, heads * config.qk_head_dim, rngs=rngs)
+        self.kv_down = Linear(config, config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, rngs=rngs)
+        self.kv_norm = RMSNorm(config.kv_lora_rank, eps)
+        self.kv_up = Linear(config, config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), rngs=rngs)
+        self.out = Linear(config, heads * config.v_head_dim, config.hidden_size, rngs=rngs)
+
+    def queries(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T N U"], Float[Array, "B T N R"]]:
+        """Query parts without and with RoPE."""
+        config = self.config
+        if config.q_lora_rank:
+            x = self.q_norm(checkpoint_name(self.q_down(x), "latent"))
+        q_BTNH = self.q_up(x).reshape(*x.shape[:2], config.num_attention_heads, config.qk_head_dim)
+        q_BTNU, q_BTNR = jnp.split(q_BTNH, [config.qk_nope_head_dim], axis=-1)
+        return q_BTNU, rotate(q_BTNR, rotation(config, positions), interleave=config.rope_interleave)
+
+    def latents(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T C"], Float[Array, "B T R"]]:
+        """What a cache holds: the normalized latent, and the rotated key all heads share (not normalized)."""
+        config = self.config
+        down_BTX = checkpoint_name(self.kv_down(x), "latent")
+        ckv_BTC, key_BTR = jnp.split(down_BTX, [config.kv_lora_rank], axis=-1)
+        key_BT1R = rotate(key_BTR[:, :, None], rotation(config, positions), interleave=config.rope_interleave)
+        return self.kv_norm(ckv_BTC), key_BT1R[:, :, 0]
+
+    def expand(
+        self, ckv_BSC: Float[Array, "B S C"], key_BSR: Float[Array, "B S R"]
+    ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N W"]]:
+        """Keys and values of every head from what a cache holds."""
+        config = self.config
+        heads = config.num_attention_heads
+        kv_BSNX = self.kv_up(ckv_BSC).reshape(*ckv_BSC.shape[:2], heads, config.qk_nope_head_dim + config.v_head_dim)
+        k_BSNU, v_BSNW = jnp.split(kv_BSNX, [config.qk_nope_head_dim], axis=-1)
+        shared_BSNR = jnp.broadcast_to(key_BSR[:, :, None], (*key_BSR.shape[:2], heads, key_BSR.shape[-1]))
+        return jnp.concatenate([k_BSNU, shared_BSNR], axis=-1), v_BSNW
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        cache: LayerCache | None = None,
+        form: AttentionForm = "naive",
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Causal attention within x, or over ``cache`` and x, whose latents are then written to the cache."""
+        q_BTNU, q_BTNR = self.queries(x, positions)
+        ckv_BTC, key_BTR = self.latents(x, positions)
+        if cache is None:
+            k_BTNH, v_BTNW = self.expand(ckv_BTC, key_BTR)
+            q_BTNH = jnp.concatenate([q_BTNU, q_BTNR], axis=-1)
+            o_BTNW = causal_attention(q_BTNH, k_BTNH, v_BTNW, scale=self.scale)
+        else:
+            cache = write_cache(cache, ckv_BTC, key_BTR, positions)
+            attend = self._attend_absorbed if form == "absorbed" else self._attend_naive
+            o_BTNW = attend(q_BTNU, q_BTNR, cache, positions)
+        o_BTX = checkpoint_name(o_BTNW.reshape(*x.shape[:2], -1), "attention")
+        return self.out(o_BTX), cache
+
+    def _attend_naive(
+        self, q_BTNU: Array, q_BTNR: Array, cache: LayerCache, positions: Int[Array, "B T"]
+    ) -> Float[Array, "B T N W"]:
+        k_BSNH, v_BSNW = self.expand(cache.first.astype(q_BTNU.dtype), cache.second.astype(q_BTNU.dtype))
+        q_BTNH = jnp.concatenate([q_BTNU, q_BTNR], axis=-1)
+        scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=jnp.float32) * self.scale
+        p_BNTS = masked_softmax(scores_BNTS, visible(positions, k_BSNH.shape[1])).astype(v_BSNW.dtype)
+        return jnp.einsum("bnts,bsnw->btnw", p_BNTS, v_BSNW)
+
+    def _attend_absorbed(
+        self, q_BTNU: Array, q_BTNR: Array, cache: LayerCache, positions: Int[Array, "B T"]
+    ) -> Float[Array, "B T N W"]:
+        """Scores against the latents themselves: the up-projections move to the query and the output (spec 4.5)."""
+        config, dtype = self.config, q_BTNU.dtype
+        up_CNX = self.kv_up.kernel[...].astype(dtype).reshape(config.kv_lora_rank, config.num_attention_heads, -1)
+        k_up_CNU, v_up_CNW = jnp.split(up_CNX, [config.qk_nope_head_dim], axis=-1)
+        ckv_BSC, key_BSR = cache.first.astype(dtype), cache.second.astype(dtype)
+        q_BTNC = jnp.einsum("btnu,cnu->btnc", q_BTNU, k_up_CNU)
+        scores_BNTS = jnp.einsum("btnc,bsc->bnts", q_BTNC, ckv_BSC, preferred_element_type=jnp.float32)
+        scores_BNTS += jnp.einsum("btnr,bsr->bnts", q_BTNR, key_BSR, preferred_element_type=jnp.float32)
+        p_BNTS = masked_softmax(scores_BNTS * self.scale, visible(positions, ckv_BSC.shape[1])).astype(dtype)
+        z_BTNC = jnp.einsum("bnts,bsc->btnc", p_BNTS, ckv_BSC)
+        return jnp.einsum("btnc,cnw->btnw", z_BTNC, v_up_CNW)

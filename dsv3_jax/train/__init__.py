@@ -1,0 +1,1 @@
+"""Training: losses, optimizer, schedules, the step, and the run around it."""

@@ -1,0 +1,78 @@
+"""Everything a run carries from step to step."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsv3_jax.config import Config, ConfigError
+from dsv3_jax.model import DeepSeekV3, Tree, abstract_model, merge_model, split_model
+from dsv3_jax.train.optimizer import make_optimizer
+from sharding.mesh import make_mesh
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Arrays on the devices, and two exact counters on the host (14.8T tokens do not fit in 32 bits)."""
+
+    params: Tree
+    """Float32 master weights."""
+    router_bias: Tree
+    """Float32 selection biases, [layers, E] each; empty where routers have none."""
+    opt_state: Any
+    ema: Tree | None
+    nonfinite: jax.Array
+    """Skipped steps one after another, int32."""
+    step: int = dataclasses.field(metadata={"static": True})
+    """Optimizer steps done."""
+    tokens: int = dataclasses.field(metadata={"static": True})
+    """Tokens consumed."""
+
+
+def config_mesh(config: Config) -> Mesh:
+    """The mesh that ``config`` asks for, over this machine's devices.
+
+    Raises:
+        ConfigError: more devices than there are.
+    """
+    try:
+        return make_mesh(config.mesh.pipe, config.mesh.expert, config.mesh.data)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def init_state(config: Config, mesh: Mesh | None = None) -> TrainState:
+    """A new run's state: weights drawn from ``train.seed``, on every device of the mesh."""
+    mesh = mesh or config_mesh(config)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda: _create(config), out_shardings=replicated)()
+
+
+def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
+    """:func:`init_state`'s shapes, dtypes and shardings, nothing allocated."""
+    mesh = mesh or config_mesh(config)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shapes = jax.eval_shape(lambda: _create(config))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)
+
+
+def model_of(config: Config, params: Tree, router_bias: Tree) -> DeepSeekV3:
+    """The model that a state's arrays belong to."""
+    return merge_model(split_model(abstract_model(config.model)).graph, params, router_bias)
+
+
+def _create(config: Config) -> TrainState:
+    _, params, router_bias = split_model(DeepSeekV3(config.model, rngs=nnx.Rngs(config.train.seed)))
+    return TrainState(
+        params=params,
+        router_bias=router_bias,
+        opt_state=make_optimizer(config.optim).init(params),
+        ema=jax.tree.map(jnp.copy, params) if config.train.ema_decay else None,
+        nonfinite=jnp.zeros((), jnp.int32),
+        step=0,
+        tokens=0,
+    )

@@ -1,0 +1,225 @@
+"""The training step: one ``jax.jit`` holding one ``jax.shard_map`` over the whole mesh (design: one device is the mesh
+(1, 1, 1), not a second path), and the evaluation step."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, Int32
+
+from dsv3_jax.config import Config, ConfigError
+from dsv3_jax.model import DeepSeekV3, Tree, abstract_model, merge_model, split_model
+from dsv3_jax.nn.balance import max_violation, relative_load, update_bias
+from dsv3_jax.train import schedule
+from dsv3_jax.train.ema import update_ema
+from dsv3_jax.train.loss import Losses, cross_entropy, has_label, training_loss
+from dsv3_jax.train.optimizer import clip_by_global_norm, make_optimizer
+from dsv3_jax.train.state import TrainState, config_mesh
+from sharding.mesh import BATCH_AXES
+
+Metrics = dict[str, Any]
+_ROWS = P(None, BATCH_AXES)
+
+
+class _Scalars(NamedTuple):
+    """What the host decides anew each step."""
+
+    learning_rate: Float[Array, ""]
+    mtp_weight: Float[Array, ""]
+    bias_update_speed: Float[Array, ""]
+    micro_batches: Int[Array, ""]
+
+
+class TrainStep:
+    """``(state, rows) -> (state, metrics)``; the given state's buffers are used up.
+
+    ``rows`` are int32 [n, T + 1] on the host: this process's share of the step's sequences, padding negative. The
+    program is compiled once: a batch-size ramp changes how many micro-batches a loop runs, not its shapes.
+
+    Metrics are device arrays, so that reading them is the caller's choice: ``loss`` (main cross entropy, nats),
+    ``mtp_loss``, ``balance_loss``, ``grad_norm`` (before clipping), ``max_vio``, ``expert_load`` [routers, E] (1 is
+    balance), ``skipped`` (this step's update was not finite and not applied), ``nonfinite`` (such steps in a row); and
+    host numbers ``lr``, ``tokens``, ``step``.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh | None = None):
+        self.config = config
+        self.mesh = mesh or config_mesh(config)
+        self.lanes = int(np.prod([self.mesh.shape[axis] for axis in BATCH_AXES]))
+        self.micro_batch = config.train.micro_batch_size or config.train.batch_size // self.lanes
+        self.most_micro_batches = config.train.batch_size // (self.micro_batch * self.lanes)
+        self._graph = split_model(abstract_model(config.model)).graph
+        self._optimizer = make_optimizer(config.optim)
+        mapped = jax.shard_map(
+            self._local_step, mesh=self.mesh, in_specs=(P(), _ROWS, P()), out_specs=(P(), P()), check_vma=False
+        )
+        self.jitted = jax.jit(mapped, donate_argnums=0)
+
+    def __call__(self, state: TrainState, rows: Int32[np.ndarray, "n T1"]) -> tuple[TrainState, Metrics]:
+        sequences = rows.shape[0] * jax.process_count()
+        arguments, scalars = self.arguments(state, rows)
+        arrays, metrics = self.jitted(*arguments)
+        consumed = state.tokens + sequences * self.config.train.seq_len
+        state = TrainState(*arrays, step=state.step + 1, tokens=consumed)
+        metrics |= {"lr": float(scalars.learning_rate), "step": state.step, "tokens": state.tokens}
+        return state, metrics
+
+    def arguments(self, state: TrainState, rows: Int32[np.ndarray, "n T1"]) -> tuple[tuple[Any, Any, Any], _Scalars]:
+        """What the compiled program is called with, and the scalars among it.
+
+        Raises:
+            ConfigError: rows that do not make whole micro-batches, or of another length than ``train.seq_len`` + 1.
+        """
+        config, lanes = self.config, self.lanes // jax.process_count()
+        if rows.shape[1] != config.train.seq_len + 1:
+            raise ConfigError(f"rows of {rows.shape[1]} tokens: train.seq_len = {config.train.seq_len} needs one more than that")
+        per_micro = self.micro_batch * lanes
+        count = rows.shape[0] // per_micro
+        if rows.shape[0] % per_micro or not 0 < count <= self.most_micro_batches:
+            raise ConfigError(
+                f"a batch of {rows.shape[0]} sequences must be 1 to {self.most_micro_batches} times "
+                f"{per_micro} (train.micro_batch_size x devices)"
+            )
+        micro = rows.reshape(count, per_micro, -1)
+        micro = np.pad(micro, ((0, self.most_micro_batches - count), (0, 0), (0, 0)), constant_values=-1)
+        sharding = NamedSharding(self.mesh, _ROWS)
+        scalars = _Scalars(
+            np.float32(schedule.learning_rate(config, state.step + 1, state.tokens)),
+            np.float32(schedule.mtp_weight(config, state.tokens)),
+            np.float32(schedule.bias_update_speed(config, state.tokens)),
+            np.int32(count),
+        )
+        arrays = (state.params, state.router_bias, state.opt_state, state.ema, state.nonfinite)
+        return (arrays, jax.make_array_from_process_local_data(sharding, micro), scalars), scalars
+
+    def _local_step(self, arrays: tuple[Any, ...], tokens_ABT: jax.Array, scalars: _Scalars) -> tuple[Any, Metrics]:
+        """One device's part of a step; every array but the tokens is whole on every device."""
+        config = self.config
+        params, router_bias, opt_state, ema, nonfinite = arrays
+        with jax.named_scope("gradients"):
+            grads, losses = self._gradients(params, router_bias, tokens_ABT, scalars)
+            grads, losses = lax.psum((grads, losses), BATCH_AXES)
+        with jax.named_scope("optimizer"):
+            grads, norm = clip_by_global_norm(grads, config.optim.grad_clip_norm)
+            finite = jnp.isfinite(losses.total) & jnp.isfinite(norm)
+            updates, new_opt = self._optimizer.update(grads, opt_state, params)
+            new_params = jax.tree.map(lambda p, u: p - scalars.learning_rate * u, params, updates)
+            new_bias = self._update_router_bias(router_bias, losses.counts, scalars.bias_update_speed)
+            new_ema = update_ema(ema, new_params, config.train.ema_decay) if ema is not None else None
+        skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (new_params, new_bias, new_opt, new_ema),
+            (params, router_bias, opt_state, ema),
+        )
+        nonfinite = (nonfinite + 1) * skipped
+        metrics = {
+            "loss": losses.main,
+            "mtp_loss": losses.mtp,
+            "balance_loss": losses.balance,
+            "grad_norm": norm,
+            "skipped": skipped,
+            "nonfinite": nonfinite,
+        }
+        if losses.counts is not None:
+            metrics |= {"max_vio": max_violation(losses.counts), "expert_load": relative_load(losses.counts)}
+        return (*kept, nonfinite), metrics
+
+    def _gradients(
+        self, params: Tree, router_bias: Tree, tokens_ABT: jax.Array, scalars: _Scalars
+    ) -> tuple[Tree, Losses]:
+        """This device's share of the step's gradients and losses, float32, summed over its micro-batches."""
+        label_total = lax.psum(jnp.sum(has_label(tokens_ABT), dtype=jnp.float32), BATCH_AXES)
+        sequence_total = scalars.micro_batches.astype(jnp.float32) * (tokens_ABT.shape[1] * self.lanes)
+
+        def loss(params: Tree, tokens_BT: jax.Array) -> tuple[jax.Array, Losses]:
+            model = merge_model(self._graph, params, router_bias)
+            losses = training_loss(
+                model,
+                tokens_BT,
+                self.config,
+                mtp_weight=scalars.mtp_weight,
+                label_total=jnp.maximum(label_total, 1.0),
+                sequence_total=sequence_total,
+            )
+            return losses.total, losses
+
+        def micro_batch(tokens_BT: jax.Array) -> tuple[Tree, Losses]:
+            grads, losses = jax.grad(loss, has_aux=True)(params, tokens_BT)
+            return grads, losses
+
+        if tokens_ABT.shape[0] == 1:
+            return micro_batch(tokens_ABT[0])
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(micro_batch, tokens_ABT[0]))
+        return lax.fori_loop(
+            0,
+            scalars.micro_batches,
+            lambda i, total: jax.tree.map(jnp.add, total, micro_batch(tokens_ABT[i])),
+            zeros,
+        )
+
+    def _update_router_bias(self, router_bias: Tree, counts: jax.Array | None, gamma: jax.Array) -> Tree:
+        """Every router's bias moved by its own counts; the trunk's routers come first in ``counts``, MTP's after."""
+        if counts is None or not router_bias:
+            return router_bias
+        rule = self.config.loss.bias_update_rule
+        flat, treedef = jax.tree.flatten_with_path(router_bias)
+        trunk = self.config.model.n_moe_layers
+        updated = []
+        for path, bias in flat:
+            keys = [key.key for key in path]
+            rows = counts[:trunk] if keys[0] == "moe" else counts[trunk + int(keys[1])]
+            updated.append(update_bias(bias, rows, gamma, rule))
+        return jax.tree.unflatten(treedef, updated)
+
+
+def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
+    """The step of a run, or of one's own loop: ``(state, rows) -> (state, metrics)``."""
+    return TrainStep(config, mesh)
+
+
+class EvalStep:
+    """``(state, rows) -> (nats, labels)``: cross entropy of the main head summed over all labels, as host numbers."""
+
+    def __init__(self, config: Config, mesh: Mesh | None = None):
+        self.config = config
+        self.mesh = mesh or config_mesh(config)
+        self._graph = split_model(abstract_model(config.model)).graph
+        lanes = int(np.prod([self.mesh.shape[axis] for axis in BATCH_AXES]))
+        self._rows = (config.train.micro_batch_size or config.train.batch_size // lanes) * lanes
+        mapped = jax.shard_map(
+            self._local_nats, mesh=self.mesh, in_specs=(P(), P(), P(BATCH_AXES)), out_specs=P(), check_vma=False
+        )
+        self._jitted = jax.jit(mapped)
+
+    def __call__(self, state: TrainState, rows: Int32[np.ndarray, "n T1"]) -> tuple[float, int]:
+        """``rows`` are the same whole array in every process."""
+        padding = -rows.shape[0] % self._rows
+        batches = np.pad(rows, ((0, padding), (0, 0)), constant_values=-1).reshape(-1, self._rows, rows.shape[1])
+        sharding = NamedSharding(self.mesh, P(BATCH_AXES))
+        sums = []
+        for batch in batches:
+            tokens = jax.make_array_from_callback(batch.shape, sharding, lambda index, batch=batch: batch[index])
+            sums.append(self._jitted(state.params, state.router_bias, tokens))
+        return float(np.sum([float(nats) for nats in sums])), int(np.sum(rows[:, 1:] >= 0))
+
+    def _local_nats(self, params: Tree, router_bias: Tree, tokens_BT: jax.Array) -> jax.Array:
+        model: DeepSeekV3 = merge_model(self._graph, params, router_bias)
+        tokens = jnp.maximum(tokens_BT, 0)
+        dtype = jnp.bfloat16 if self.config.train.precision == "bf16" else jnp.float32
+        hidden, _, _ = model.trunk(tokens[:, :-1], dtype=dtype)
+        hidden = model.final_norm(hidden).reshape(-1, self.config.model.hidden_size)
+        weights = has_label(tokens_BT).astype(jnp.float32).reshape(-1)
+        nats = cross_entropy(hidden, model.head_weight(), tokens[:, 1:].reshape(-1), weights, self.config.train.loss_chunk)
+        return lax.psum(nats, BATCH_AXES)
+
+
+def make_eval_step(config: Config, mesh: Mesh | None = None) -> EvalStep:
+    """The evaluation step of a run."""
+    return EvalStep(config, mesh)
