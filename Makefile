@@ -1,0 +1,56 @@
+# Two commands on a fresh machine: `make train` and `make test`. Each target first makes the environment in .venv, if it
+# is missing or if pyproject.toml or constraints.txt changed. Settings: PYTHON (interpreter), WORKERS (test processes),
+# PYTEST_ARGS, TRAIN_ARGS.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# What is installed: the package alone is enough to train; tests, lint and notebooks want the development extra.
+BASE := $(VENV)/.installed-base
+DEV := $(VENV)/.installed-dev
+
+WORKERS ?= 2
+PYTEST_ARGS ?=
+TRAIN_ARGS ?=
+
+.PHONY: help setup train test lint types notebooks
+
+help:
+	@echo "make train      train the small default model on real text, with plots and a sample, in runs/tiny"
+	@echo "make test       run the tests"
+	@echo "make setup      make the environment with everything for development"
+	@echo "make lint       ruff"
+	@echo "make types      pyright"
+	@echo "make notebooks  run every notebook"
+
+setup: $(DEV)
+
+train: $(BASE)
+	$(BIN)/dsv3 train tiny --out runs/tiny $(TRAIN_ARGS)
+
+test: $(DEV)
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+
+types: $(DEV)
+	$(BIN)/pyright
+
+notebooks: $(DEV)
+	$(BIN)/jupyter-execute --timeout=900 notebooks/*.ipynb
+
+$(BIN)/python:
+	@python=$$(sh .ci/find-python) || exit 2; \
+	echo "making $(VENV) with $$python"; \
+	"$$python" -m venv --clear $(VENV)
+
+$(BASE): pyproject.toml constraints.txt | $(BIN)/python
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
+	$(PIP) install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $(BASE) $@
