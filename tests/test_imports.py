@@ -84,7 +84,7 @@ def test_every_import_follows_the_rules():
     ("file", "text", "reason"),
     [
         ("pallas_kernels/a.py", "import flax", "pallas_kernels may not import flax"),
-        ("pallas_kernels/a/b.py", "def f():\n    from sharding.mesh import x", "pallas_kernels may not import sharding"),
+        ("pallas_kernels/a/b.py", "def f():\n    import sharding.mesh", "pallas_kernels may not import sharding"),
         ("sharding/mesh.py", "from flax import nnx", "sharding may not import flax"),
         ("sharding/mesh.py", "from dsv3_jax.config import Config", "sharding may not import dsv3_jax"),
         ("dsv3_jax/config/a.py", "from dsv3_jax.nn.norm import RMSNorm", "config may not import dsv3_jax.nn"),

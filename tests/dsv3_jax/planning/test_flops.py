@@ -1,6 +1,7 @@
 """FLOPs and cache of a token (spec 2.4, 2.5), and the peaks they are divided by."""
 
 import pytest
+
 from dsv3_jax.config import load_config
 from dsv3_jax.planning import cache_bytes_per_token, count_parameters, flops_per_token, peak_flops
 from dsv3_jax.planning.flops import cache_elements_per_token

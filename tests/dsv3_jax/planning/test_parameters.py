@@ -1,6 +1,7 @@
 """Exact counts of spec 2 and of the benchmark's shape."""
 
 import pytest
+
 from dsv3_jax.config import load_config, preset_names
 from dsv3_jax.planning import count_parameters
 
