@@ -1,0 +1,79 @@
+"""``grouped_gemm``: the public function with its gradient and the choice of implementation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.grouped_gemm import xla
+
+
+def grouped_gemm(
+    x_MK: Float[Array, "M K"],
+    w_GKN: Float[Array, "G K N"],
+    group_of_block: Int[Array, " NB"],
+    *,
+    block: int,
+    num_blocks: Int[Array, ""] | None = None,
+    implementation: dispatch.Implementation = "auto",
+) -> Float[Array, "M N"]:
+    """``y[m] = x[m] @ w[group_of_block[m // block]]``, a plan's rows through their experts' weights.
+
+    The product is computed in ``x_MK``'s dtype and accumulated in float32; ``w_GKN`` may be a float32 master, which is
+    cast on the way in, forward and backward, and not kept. Its gradient is accumulated in float32 and returned in the
+    dtype of ``w_GKN``: for a master it is never rounded below float32.
+
+    Args:
+        x_MK: rows, ``M = NB * block``.
+        w_GKN: one weight a group.
+        group_of_block: group of each block of rows, never decreasing, in ``[0, G)``. A group may have no block; its
+            gradient is then exactly zero.
+        block: rows in a block.
+        num_blocks: blocks in use. Rows past ``num_blocks * block`` must be zero, in ``x_MK`` and in the incoming
+            gradient (as ``permute`` and ``unpermute`` make them); the result there is zero. None: all are in use.
+            It saves the Hopper kernel work and changes no result.
+        implementation: ``"xla"``, ``"pallas"`` (Hopper) or ``"auto"``.
+
+    Returns:
+        ``[M, N]`` in the dtype of ``x_MK``.
+
+    Raises:
+        ValueError: shapes do not fit together, or the implementation asked for cannot run.
+    """
+    (rows, dim_k), (_, w_dim_k, _) = x_MK.shape, w_GKN.shape
+    if dim_k != w_dim_k:
+        raise ValueError(f"grouped_gemm: x_MK has K = {dim_k}, w_GKN has K = {w_dim_k}")
+    if block < 1 or rows != block * group_of_block.shape[0]:
+        raise ValueError(
+            f"grouped_gemm: x_MK has {rows} rows, but group_of_block names {group_of_block.shape[0]} blocks of {block}"
+        )
+    chosen = dispatch.choose("grouped_gemm", implementation, {"pallas": "not written"})
+    if num_blocks is None:
+        num_blocks = jnp.asarray(group_of_block.shape[0], jnp.int32)
+    return _grouped_gemm(x_MK, w_GKN, group_of_block, num_blocks, block, chosen)
+
+
+def _gemm(x: Array, w: Array, group_of_block: Array, num_blocks: Array, block: int, chosen: str, transpose_w: bool):
+    w = w.astype(x.dtype)
+    return xla.gemm(x, w, group_of_block, block=block, transpose_w=transpose_w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _grouped_gemm(x: Array, w: Array, group_of_block: Array, num_blocks: Array, block: int, chosen: str) -> Array:
+    return _gemm(x, w, group_of_block, num_blocks, block, chosen, transpose_w=False)
+
+
+def _forward(x: Array, w: Array, group_of_block: Array, num_blocks: Array, block: int, chosen: str):
+    return _grouped_gemm(x, w, group_of_block, num_blocks, block, chosen), (x, w, group_of_block, num_blocks)
+
+
+def _backward(block: int, chosen: str, saved: tuple[Array, Array, Array, Array], dy: Array):
+    x, w, group_of_block, num_blocks = saved
+    dx = _gemm(dy, w, group_of_block, num_blocks, block, chosen, transpose_w=True)
+    dw = xla.wgrad(x, dy, group_of_block, block=block, num_groups=w.shape[0])
+    return dx, dw.astype(w.dtype), None, None
+
+
+_grouped_gemm.defvjp(_forward, _backward)

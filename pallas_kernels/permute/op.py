@@ -1,0 +1,100 @@
+"""``permute`` and ``unpermute``: gathers in both directions, forward and backward; nothing is scattered or added.
+
+The gradient of a gather is a scatter-add, slow and on GPUs not reproducible; since a plan knows both directions of
+the permutation, every gradient here is a gather again.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.permute.plan import Plan
+
+
+def _take_rows(rows: Array, index: Array) -> Array:
+    """``rows[index]`` with zero rows where the index is ``len(rows)``, the mark of padding and dropped choices."""
+    return rows.at[index].get(mode="fill", fill_value=0)
+
+
+def _sum_choices(rows_MD: Array, plan: Plan, weights_TK: Array | None) -> Array:
+    """Float32 sum over K of each token's rows, K gathers that fuse into one loop; weighted where weights are given."""
+    terms = []
+    for k in range(plan.row_of_pair_TK.shape[1]):
+        row_TD = _take_rows(rows_MD, plan.row_of_pair_TK[:, k]).astype(jnp.float32)
+        terms.append(row_TD if weights_TK is None else weights_TK[:, k, None].astype(jnp.float32) * row_TD)
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+@jax.custom_vjp
+def _permute(x_TD: Array, plan: Plan) -> Array:
+    return _take_rows(x_TD, plan.token_of_row_M)
+
+
+def _permute_fwd(x_TD: Array, plan: Plan) -> tuple[Array, Plan]:
+    return _permute(x_TD, plan), plan
+
+
+def _permute_bwd(plan: Plan, dy_MD: Array) -> tuple[Array, None]:
+    return _sum_choices(dy_MD, plan, None).astype(dy_MD.dtype), None
+
+
+_permute.defvjp(_permute_fwd, _permute_bwd)
+
+
+@jax.custom_vjp
+def _unpermute(y_MD: Array, weights_TK: Array, plan: Plan) -> Array:
+    return _sum_choices(y_MD, plan, weights_TK).astype(y_MD.dtype)
+
+
+def _unpermute_fwd(y_MD: Array, weights_TK: Array, plan: Plan) -> tuple[Array, tuple[Array, Array, Plan]]:
+    return _unpermute(y_MD, weights_TK, plan), (y_MD, weights_TK, plan)
+
+
+def _unpermute_bwd(saved: tuple[Array, Array, Plan], dout_TD: Array) -> tuple[Array, Array, None]:
+    y_MD, weights_TK, plan = saved
+    weight_M = _take_rows(weights_TK.reshape(-1), plan.pair_of_row_M).astype(jnp.float32)
+    dy_MD = weight_M[:, None] * _take_rows(dout_TD, plan.token_of_row_M).astype(jnp.float32)
+    dout32_TD = dout_TD.astype(jnp.float32)
+    dw_TK = jnp.stack(
+        [
+            jnp.sum(_take_rows(y_MD, plan.row_of_pair_TK[:, k]).astype(jnp.float32) * dout32_TD, axis=1)
+            for k in range(weights_TK.shape[1])
+        ],
+        axis=1,
+    )
+    return dy_MD.astype(y_MD.dtype), dw_TK.astype(weights_TK.dtype), None
+
+
+_unpermute.defvjp(_unpermute_fwd, _unpermute_bwd)
+
+
+def permute(x_TD: Float[Array, "T D"], plan: Plan) -> Float[Array, "M D"]:
+    """Copies each token's row to the places of its K choices; padding rows are exactly zero.
+
+    The gradient of ``x_TD`` is the float32 sum over K of the rows' gradients, rounded once to their dtype.
+
+    Raises:
+        ValueError: the plan was made for another number of tokens.
+    """
+    if plan.row_of_pair_TK.shape[0] != x_TD.shape[0]:
+        raise ValueError(f"permute: the plan is for {plan.row_of_pair_TK.shape[0]} tokens, x_TD has {x_TD.shape[0]}")
+    return _permute(x_TD, plan)
+
+
+def unpermute(y_MD: Float[Array, "M D"], weights_TK: Float[Array, "T K"], plan: Plan) -> Float[Array, "T D"]:
+    """``out[t] = sum_k weights[t, k] * y[row of (t, k)]``, summed in float32, in the dtype of ``y_MD``.
+
+    Dropped choices add nothing, and their weights get a zero gradient. Padding rows of ``y_MD`` are never read.
+
+    Raises:
+        ValueError: rows or weights do not fit the plan.
+    """
+    if y_MD.shape[0] != plan.num_rows or weights_TK.shape != plan.row_of_pair_TK.shape:
+        raise ValueError(
+            f"unpermute: the plan has {plan.num_rows} rows and weights {plan.row_of_pair_TK.shape}, "
+            f"got {y_MD.shape[0]} and {weights_TK.shape}"
+        )
+    return _unpermute(y_MD, weights_TK, plan)
