@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 # Each command is a module of this package with ``run(argv) -> exit status``.
 COMMANDS = {
+    "train": "train a preset, or go on with a run, with plots and a sample at the end",
+    "generate": "write text with a trained model",
     "info": "print a preset's parameters, FLOPs and cache bytes per token",
+    "bench": "measure a training step: time, tokens/s, FLOP/s and memory",
 }
 
 DONE, FAILURE, USER_MISTAKE, INTERRUPTED = 0, 1, 2, 130
