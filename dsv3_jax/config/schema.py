@@ -135,7 +135,7 @@ class DataConfig:
     """``python`` (the standard library's sources and documentation that this Python ships), or a file or folder of
     .txt, .md, .py, .rst, .jsonl and .array_record files."""
     text_field: str = "text"
-    """The key that holds a document's text in JSONL."""
+    """The key that holds a document's text in JSONL and in ArrayRecord files of JSON."""
     tokenizer: str = "train"
     """``train`` a byte-level BPE on the run's own corpus, or the path of a tokenizer.json."""
     tokenizer_bytes: int = 8_000_000

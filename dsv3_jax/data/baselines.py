@@ -115,24 +115,26 @@ def em_weights(
 ) -> tuple[Float64[np.ndarray, " parts"], list[float]]:
     """Mixture weights of the highest likelihood, by expectation maximization from equal ones.
 
+    Each part is credited one event beforehand, so that none ends at 0 and a token never counted keeps a probability.
+
     Args:
         components: probability that each part gives each event.
         counts: how often each event came; without events the weights stay equal.
         rounds: at most so many; it ends when a round gains less than 1e-9 nats an event.
 
     Returns:
-        The weights, and the log likelihood before each round, which never falls.
+        The weights, and before each round the log likelihood, the credited events included, which never falls.
     """
     weights = np.full(components.shape[1], 1 / components.shape[1])
     history: list[float] = []
-    total = counts.sum()
-    for _ in range(rounds if total else 0):
+    total = counts.sum() + weights.size
+    for _ in range(rounds):
         joint = components * weights
         mixed = joint.sum(axis=1)
-        history.append(float(counts @ np.log(mixed)))
+        history.append(float(counts @ np.log(mixed) + np.log(weights).sum()))
         if len(history) > 1 and history[-1] - history[-2] < 1e-9 * total:
             break
-        weights = (counts / mixed) @ joint / total
+        weights = ((counts / mixed) @ joint + 1) / total
     return weights, history
 
 
@@ -141,7 +143,7 @@ def full_train_counts(data: Data) -> BigramCounts:
     counts = BigramCounts(data.tokenizer)
     width = data.config.train.seq_len + 1
     order = np.random.default_rng(data.config.data.seed).permutation(data.train_ids)
-    for window in itertools.batched(order, data.config.data.pack_window):
+    for window in itertools.batched(order.tolist(), data.config.data.pack_window):
         counts.add(plain_rows(data.tokenizer, data.corpus.texts(window), width))
     return counts
 

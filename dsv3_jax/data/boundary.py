@@ -18,10 +18,10 @@ class BoundarySplitter:
     def __init__(self, tokenizer: Tokenizer):
         """Search the vocabulary once and encode the parts of each joined token."""
         joined = {}
-        for index in np.flatnonzero(tokenizer.token_bytes > 1):
-            cut = _parts(tokenizer.decode_bytes([int(index)]))
+        for index in np.flatnonzero(tokenizer.token_bytes > 1).tolist():
+            cut = _parts(tokenizer.raw[index])
             if cut is not None:
-                joined[int(index)] = cut
+                joined[index] = cut
         encoded = tokenizer.encode_batch([part for cut in joined.values() for part in cut])
         pairs = zip(encoded[::2], encoded[1::2], strict=True)
         self.parts: dict[int, list[int]] = {

@@ -1,5 +1,6 @@
 """Writing a file whole or not at all."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -21,5 +22,6 @@ def write_whole(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(draft, path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
         raise ConfigError(f"cannot write {path}: {error.strerror}; make room or choose another folder") from error

@@ -14,11 +14,14 @@ from jaxtyping import Int32, Int64
 from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.data.boundary import BoundarySplitter
 from dsv3_jax.data.corpus import Corpus, choose, open_corpus, split
+from dsv3_jax.data.fim import require_fim
 from dsv3_jax.data.rows import RowMaker, plain_rows
 from dsv3_jax.data.stream import RowStream, shard_dataset
 from dsv3_jax.data.tokenizer import Tokenizer, train_tokenizer
 
 _CHOOSE_TRAIN, _CHOOSE_TOKENIZER, _CHOOSE_VALIDATION, _CHOOSE_SAMPLE = 2, 3, 4, 5
+_ORDER_VERSION = 1
+"""To be raised by a change to this package that gives other rows for the same settings: old states are then refused."""
 _SAMPLE_BYTES = 1 << 18
 _MOST_BYTES_PER_TOKEN = 16
 """No text of length packs tighter than this with BPE: a split that holds so many bytes for each token of a batch needs
@@ -60,11 +63,11 @@ class Data:
         """Hash of all that decides which rows come in which order."""
         config = self.config
         parts = (
-            self.tokenizer.fingerprint, config.train.seed, config.train.seq_len, config.data.fim_rate,
+            _ORDER_VERSION, self.tokenizer.fingerprint, config.train.seed, config.train.seq_len, config.data.fim_rate,
             config.data.split_rate, config.data.pack_window, config.data.shards,
         )  # fmt: skip
-        digests = self.corpus.digests[self.train_ids].tobytes()
-        return hashlib.blake2b(digests + repr(parts).encode(), digest_size=8).hexdigest()
+        documents = self.train_ids.tobytes() + self.corpus.digests[self.train_ids].tobytes()
+        return hashlib.blake2b(documents + repr(parts).encode(), digest_size=8).hexdigest()
 
     @cached_property
     def row_maker(self) -> RowMaker:
@@ -183,6 +186,8 @@ def _tokenizer(
 
 def _check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
     model = config.model
+    if config.data.fim_rate > 0:
+        require_fim(tokenizer)
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
             f"model.vocab_size = {model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} ids: raise it, "

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from dsv3_jax.config import ConfigError
 
@@ -15,6 +15,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".array_record")
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Documents of one source."""
 

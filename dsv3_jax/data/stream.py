@@ -138,7 +138,6 @@ class RowStream:
         With several processes each has the state of its own shards; :func:`merge_states` joins them.
         """
         return {
-            "version": 1,
             "fingerprint": self._fingerprint,
             "position": self._position,
             "shards": {str(shard): iterator.get_state() for shard, iterator in self._iterators.items()},

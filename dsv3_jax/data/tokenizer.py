@@ -4,7 +4,9 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from operator import index
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 import tokenizers as hf
@@ -60,6 +62,7 @@ class Tokenizer:
         bos_id, eos_id, pad_id: where the vocabulary has no pad (V2's, the LLM's), the first id behind it, an unused row
             of the embedding.
         fim_begin_id, fim_hole_id, fim_end_id: None where the vocabulary has no fill-in-the-middle.
+        raw: bytes each id stands for; a special token's are its spelling.
         token_bytes: int32 [vocab_size], UTF-8 bytes each id stands for; 0 for special tokens.
         fingerprint: hash of the tokenizer's definition.
     """
@@ -87,20 +90,20 @@ class Tokenizer:
         self.pad_id = self.specials.setdefault(PAD, max(vocabulary.values()) + 1)
         self.fim_begin_id, self.fim_hole_id, self.fim_end_id = map(self.specials.get, (FIM_BEGIN, FIM_HOLE, FIM_END))
         self.vocab_size = max(max(vocabulary.values()), self.pad_id) + 1
-        self._bytes = self._raw_bytes(vocabulary, name)
-        self.token_bytes = np.array([len(raw) for raw in self._bytes], np.int32)
-        for token, index in self.specials.items():
-            self._bytes[index] = token.encode()
+        self.raw = self._raw_bytes(vocabulary, name)
+        self.token_bytes = np.array([len(raw) for raw in self.raw], np.int32)
+        for token, number in self.specials.items():
+            self.raw[number] = token.encode()
         self._special_ids = frozenset(self.specials.values())
 
     def _raw_bytes(self, vocabulary: dict[str, int], name: str) -> list[bytes]:
         table = [b""] * self.vocab_size
-        for token, index in vocabulary.items():
+        for token, number in vocabulary.items():
             if token not in self.specials:
                 try:
-                    table[index] = bytes(_BYTE_OF[character] for character in token)
+                    table[number] = bytes(_BYTE_OF[character] for character in token)
                 except KeyError as error:
-                    raise ConfigError(f"{name} is not byte-level BPE: token {index} is {token!r}") from error
+                    raise ConfigError(f"{name} is not byte-level BPE: token {number} is {token!r}") from error
         return table
 
     @classmethod
@@ -140,13 +143,13 @@ class Tokenizer:
     def _encoder(self, parse_special: bool) -> hf.Tokenizer:
         return self._with_specials if parse_special else self._plain
 
-    def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
+    def decode_bytes(self, ids: Iterable[SupportsIndex], *, skip_special: bool = False) -> bytes:
         """Raw bytes of ``ids``. Ids past ``vocab_size`` (rows that pad the embedding) stand for nothing."""
         left_out = self._special_ids if skip_special else frozenset()
-        table, size = self._bytes, self.vocab_size
-        return b"".join(table[i] for i in map(int, ids) if i < size and i not in left_out)
+        plain = ids.tolist() if isinstance(ids, np.ndarray) else [index(i) for i in ids]
+        return b"".join(self.raw[i] for i in plain if i < self.vocab_size and i not in left_out)
 
-    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], *, skip_special: bool = False) -> str:
         """Text of ``ids``; bytes that are not UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(ids, skip_special=skip_special).decode("utf-8", errors="replace")
 
