@@ -1,7 +1,9 @@
 """Imports go one way only: between the packages, between the rooms of dsv3_jax, and out to other libraries."""
 
 import ast
+import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,14 @@ for _above_model in ("checkpoint", "interop", "inference", "train", "posttrain",
 for _reader in ("inference", "train", "cli"):
     ROOMS[_reader] = ROOMS[_reader] | {"planning"}
 
-# What the two lower packages may import besides the standard library.
-LIBRARIES = {"pallas_kernels": {"jax", "numpy", "jaxtyping"}, "sharding": {"jax", "numpy", "jaxtyping", "matplotlib"}}
+# What each package may import besides the standard library: for the uppermost, what pyproject.toml declares.
+_DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+_DISTRIBUTIONS = {re.match(r"[\w-]+", entry).group().replace("-", "_") for entry in _DECLARED}
+LIBRARIES = {
+    "pallas_kernels": {"jax", "numpy", "jaxtyping"},
+    "sharding": {"jax", "numpy", "jaxtyping", "matplotlib"},
+    "dsv3_jax": _DISTRIBUTIONS - {"orbax_checkpoint"} | {"orbax"},
+}
 
 
 def imported(path: Path, module: str) -> list[tuple[int, str]]:
@@ -55,8 +63,7 @@ def violations(root: Path) -> list[str]:
 def _reason(module: str, name: str) -> str:
     package, target = module.partition(".")[0], name.partition(".")[0]
     if target not in PACKAGES:
-        allowed = LIBRARIES.get(package)
-        outside = allowed is not None and target not in allowed and target not in sys.stdlib_module_names
+        outside = target not in LIBRARIES[package] and target not in sys.stdlib_module_names
         return f"{package} may not import {target}" if outside else ""
     if PACKAGES.index(target) > PACKAGES.index(package):
         return f"{package} may not import {target}"
@@ -96,6 +103,7 @@ def test_every_import_follows_the_rules():
         ("dsv3_jax/posttrain/a.py", "from dsv3_jax.evals import run", "posttrain may not import dsv3_jax.evals"),
         ("dsv3_jax/data/a.py", "import sharding.mesh", "data may not import sharding.mesh"),
         ("dsv3_jax/planning/a.py", "import sharding.mesh", "only sharding.pipeline"),
+        ("dsv3_jax/data/a.py", "import torch", "dsv3_jax may not import torch"),
         ("dsv3_jax/attic/a.py", "from dsv3_jax.config import Config", "room attic is not in the table"),
     ],
 )
