@@ -126,14 +126,16 @@ def restore(path: Path, abstract: Any, *, partial: bool = False) -> Any:
             found = reader.restore(path.resolve() / "state", args=args)
     except (OSError, ValueError, KeyError) as error:
         raise _damaged(path, f"Orbax cannot read it ({_one_line(error)})") from error
-    empty = {name: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding) for name, leaf in placed.items() if not leaf.size}
+    empty = {
+        name: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding) for name, leaf in placed.items() if not leaf.size
+    }
     return jax.tree.unflatten(structure, [(found | empty)[name] for name in wanted])
 
 
 class CheckpointWriter:
     """Saves into ``folder`` in the background, one save at a time; keeps the newest ``keep`` and the best.
 
-    Use as a context manager: leaving it waits for the last save. Every process of a run makes one, process 0 writes
+    Use as a context manager: leaving it waits for the last save, unless by KeyboardInterrupt. Every process of a run makes one, process 0 writes
     what is not an array and decides what is kept.
     """
 
@@ -155,15 +157,17 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        logging.getLogger("absl").removeFilter(_not_from_orbax)
+        if isinstance(exception[1], KeyboardInterrupt):
+            return
         try:
-            if exception[0] is None:
+            if exception[1] is None:
                 self.wait()
             else:
                 with contextlib.suppress(CheckpointError):
                     self.wait()
         finally:
             self._orbax.close()
-            logging.getLogger("absl").removeFilter(_not_from_orbax)
 
     def save(
         self,
@@ -201,7 +205,9 @@ class CheckpointWriter:
             self._orbax.save(partial / "state", args=ocp.args.PyTreeSave(stored))
         except (OSError, ValueError) as error:
             raise self._failed(step, partial, error) from error
-        self._thread = threading.Thread(target=self._finish, args=(step, partial, final, texts, shapes), name="checkpoint")
+        self._thread = threading.Thread(
+            target=self._finish, args=(step, partial, final, texts, shapes), name="checkpoint"
+        )
         self._thread.start()
 
     def wait(self) -> None:
@@ -230,11 +236,13 @@ class CheckpointWriter:
                 shutil.copyfile(self._tokenizer, partial / "tokenizer.json")
             for name, text in texts.items():
                 (partial / name).write_text(text, encoding="utf-8")
-            _write_synced(partial / "manifest.json", json.dumps({"arrays": shapes, "files": _inventory(partial)}, indent=1))
+            _write_synced(
+                partial / "manifest.json", json.dumps({"arrays": shapes, "files": _inventory(partial)}, indent=1)
+            )
             partial.rename(final)
             _sync_folder(self.folder)
             self._prune()
-        except Exception as error:  # noqa: BLE001 - a thread's failure is handed to the next call of the caller
+        except Exception as error:  # a thread's failure is raised by the caller's next call
             self._failure = self._failed(step, partial, error)
 
     def _failed(self, step: int, partial: Path, error: Exception) -> CheckpointError:
@@ -243,7 +251,9 @@ class CheckpointWriter:
         newest = newest_checkpoint(self.folder)
         kept = f"the newest complete one is {newest}" if newest else "there is no complete one yet"
         reason = _one_line(error)
-        remedy = "free space and run the same command again" if "No space left" in reason else "run the same command again"
+        remedy = (
+            "free space and run the same command again" if "No space left" in reason else "run the same command again"
+        )
         return CheckpointError(f"checkpoint of step {step} could not be written ({reason}); {kept}; {remedy}")
 
     def _prune(self) -> None:

@@ -13,7 +13,7 @@ from dsv3_jax.config import OptimConfig
 class AdamState(NamedTuple):
     """Adam's memory."""
 
-    count: Int[Array, ""]
+    updates: Int[Array, ""]
     """Updates made so far (skipped steps are not among them)."""
     mu: Any
     """First moments, a tree like the parameters."""
@@ -33,14 +33,14 @@ def scale_by_adam(
 
     def init(params: Any) -> AdamState:
         return AdamState(
-            count=jnp.zeros([], jnp.int32),
+            updates=jnp.zeros([], jnp.int32),
             mu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params),
             nu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params),
         )
 
-    def update(updates: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdamState]:
         del params
-        count = optax.safe_increment(state.count)
+        count = state.updates + 1
         mu = jax.tree.map(lambda g, m: _blend(m, g.astype(jnp.float32), beta1), updates, state.mu)
         nu = jax.tree.map(lambda g, v: _blend(v, jnp.square(g.astype(jnp.float32)), beta2), updates, state.nu)
         left1, left2 = 1.0 - beta1**count, 1.0 - beta2**count

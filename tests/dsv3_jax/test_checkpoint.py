@@ -72,13 +72,19 @@ def _steps(folder):
 
 def test_everything_saved_comes_back_bit_for_bit(tmp_path):
     with CheckpointWriter(tmp_path / "c", keep=1, config_toml='name = "toy"\n') as writer:
-        writer.save(_tree(), step=7, tokens=14_800_000_000_001, data={"rows": [1, 2]}, val_bpb=2.5, extra={"seconds": 3.5})
+        writer.save(
+            _tree(), step=7, tokens=14_800_000_000_001, data={"rows": [1, 2]}, val_bpb=2.5, extra={"seconds": 3.5}
+        )
     path = newest_checkpoint(tmp_path / "c")
     assert path is not None
     _same(restore(path, _abstract(_tree())), _tree())
     info = read_info(path)
     assert (info.step, info.tokens, info.val_bpb, info.data, info.extra) == (
-        7, 14_800_000_000_001, 2.5, {"rows": [1, 2]}, {"seconds": 3.5},
+        7,
+        14_800_000_000_001,
+        2.5,
+        {"rows": [1, 2]},
+        {"seconds": 3.5},
     )
     assert (path / "config.toml").read_text() == 'name = "toy"\n'
 
@@ -140,8 +146,8 @@ def test_the_newest_and_the_best_by_validation_are_kept(tmp_path):
 def test_other_shapes_types_and_names_are_refused_by_name(tmp_path):
     path = _saved(tmp_path / "c") / "1"
     for key, leaf, message in (
-        ("nonfinite", jax.ShapeDtypeStruct((2,), jnp.int32), r"nonfinite as int32\[\], this configuration as int32\[2\]"),
-        ("nonfinite", jax.ShapeDtypeStruct((), jnp.float32), r"nonfinite as int32\[\], this configuration as float32\[\]"),
+        ("nonfinite", jax.ShapeDtypeStruct((2,), jnp.int32), r"nonfinite as int32\[\], .* as int32\[2\]"),
+        ("nonfinite", jax.ShapeDtypeStruct((), jnp.float32), r"nonfinite as int32\[\], .* as float32\[\]"),
         ("other", jax.ShapeDtypeStruct((), jnp.float32), "no array other"),
     ):
         with pytest.raises(CheckpointError, match=message):
@@ -183,7 +189,7 @@ def test_damage_is_named_with_the_last_good_checkpoint_and_not_passed_over(tmp_p
 def test_the_only_checkpoint_damaged_says_so(tmp_path):
     _saved(tmp_path / "c")
     (tmp_path / "c" / "1" / "info.json").unlink()
-    with pytest.raises(CheckpointError, match=r"info\.json is missing; there is no other good one .* delete 1 to start"):
+    with pytest.raises(CheckpointError, match=r"info\.json is missing; there is no other good one .* delete 1 to"):
         verify(tmp_path / "c" / "1")
 
 
@@ -191,7 +197,8 @@ def test_what_a_killed_save_left_is_invisible_and_cleared_away(tmp_path):
     _saved(tmp_path / "c")
     shutil.copytree(tmp_path / "c" / "1", tmp_path / "c" / ".2.partial")
     assert _steps(tmp_path / "c") == [1]
-    _writer(tmp_path / "c").__exit__(None)
+    with _writer(tmp_path / "c"):
+        pass
     assert not (tmp_path / "c" / ".2.partial").exists()
 
 
@@ -247,7 +254,7 @@ def test_an_earlier_failure_surfaces_at_the_next_save(tmp_path, monkeypatch):
     with _writer(tmp_path / "c") as writer:
         monkeypatch.setattr(checkpoint, "_inventory", fail)
         writer.save(_tree(), step=1, tokens=1, data={})
-        with pytest.raises(CheckpointError, match="step 1 could not be written .No space left on device."):
+        with pytest.raises(CheckpointError, match=r"step 1 could not be written .No space left on device."):
             writer.save(_tree(), step=2, tokens=2, data={})
         writer.raise_if_failed()
     assert _steps(tmp_path / "c") == []

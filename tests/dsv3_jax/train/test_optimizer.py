@@ -18,7 +18,8 @@ def _tree(seed: int, scale: float = 1.0):
 
 
 def test_decay_mask_spares_stacked_norm_scales_and_keeps_every_matrix():
-    assert decay_mask(_tree(0)) == {"embed": {"table": True}, "trunk": {"norm": {"scale": False}, "q": {"kernel": True}}}
+    mask = decay_mask(_tree(0))
+    assert mask == {"embed": {"table": True}, "trunk": {"norm": {"scale": False}, "q": {"kernel": True}}}
 
 
 @pytest.mark.parametrize("decay", ["matrices", "all"])

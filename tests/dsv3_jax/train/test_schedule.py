@@ -71,7 +71,8 @@ def test_v3_run_length_is_the_step_in_which_14_8T_are_reached():
 def test_batch_ramp_is_rounded_to_whole_micro_batches_of_every_device():
     ramp = (Segment(0.0, 8.0), Segment(1000.0, 64.0, "linear"))
     config = Config(
-        train=TrainConfig(steps=100, batch_size=64, batch_ramp=ramp, micro_batch_size=4, seq_len=16), mesh=MeshConfig(data=2)
+        train=TrainConfig(steps=100, batch_size=64, batch_ramp=ramp, micro_batch_size=4, seq_len=16),
+        mesh=MeshConfig(data=2),
     )
     sizes = [schedule.batch_size(config, tokens) for tokens in range(0, 1200, 10)]
     assert sizes[0] == 8
@@ -80,7 +81,9 @@ def test_batch_ramp_is_rounded_to_whole_micro_batches_of_every_device():
     assert {size % 8 for size in sizes} == {0}
 
 
-@pytest.mark.parametrize(("share", "factor"), [(0.0, 1.0), (0.8, 1.0), (0.81, 0.316), (0.9, 0.316), (0.95, 0.1), (1.0, 0.1)])
+@pytest.mark.parametrize(
+    ("share", "factor"), [(0.0, 1.0), (0.8, 1.0), (0.81, 0.316), (0.9, 0.316), (0.95, 0.1), (1.0, 0.1)]
+)
 def test_multi_step_is_1_then_0_316_then_0_1_of_the_peak(share, factor):
     config = _multi_step()
     tokens = round(share * schedule.total_tokens(config))

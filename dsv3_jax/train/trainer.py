@@ -1,0 +1,332 @@
+"""A run from its configuration to its summary: data, steps, validation, checkpoints, resume."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Float, Int32, Int64
+from rich.console import Console
+
+from dsv3_jax.checkpoint import CheckpointWriter, newest_checkpoint, read_info, restore
+from dsv3_jax.config import Config, ConfigError, to_toml
+from dsv3_jax.data import Data, RowStream, Tokenizer, merge_states, prepare_data
+from dsv3_jax.data.baselines import predicted_bytes
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.train import schedule
+from dsv3_jax.train.finish import summarize
+from dsv3_jax.train.metrics import LAG, LOAD_FILE, MetricsQueue, Record, RunFiles, read_expert_load, read_metrics
+from dsv3_jax.train.progress import RunProgress
+from dsv3_jax.train.run_folder import StopRequest, open_run_folder
+from dsv3_jax.train.state import TrainState, abstract_state, config_mesh, init_state, model_of
+from dsv3_jax.train.step import make_eval_step, make_train_step
+
+DONE, FAILED, INTERRUPTED = 0, 1, 130
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, told in one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What :func:`train` gives back."""
+
+    config: Config
+    out: Path
+    state: TrainState
+    tokenizer: Tokenizer
+    summary: dict[str, Any]
+    """What ``summary.json`` says; empty for a run that was interrupted."""
+    status: int
+    """Exit status: 0 done, 1 not better than the bigram model where that is asked, 130 interrupted after saving."""
+
+    @property
+    def metrics(self) -> list[Record]:
+        """``metrics.jsonl``: one dict a step."""
+        return read_metrics(self.out)
+
+    @property
+    def expert_load(self) -> tuple[Int64[np.ndarray, " points"], Float[np.ndarray, "points routers E"]]:
+        """Steps at log points, and each expert's load relative to balance."""
+        return read_expert_load(self.out / LOAD_FILE)
+
+    @property
+    def plots(self) -> list[Path]:
+        """The pictures."""
+        return sorted((self.out / "plots").glob("*.png"))
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint."""
+        return newest_checkpoint(self.out / "checkpoints")
+
+    def model(self) -> DeepSeekV3:
+        """The model with the run's weights."""
+        return model_of(self.config, self.state.params, self.state.router_bias)
+
+
+def train(config: Config, out: str | Path, *, stop_after: int | None = None, console: Console | None = None) -> Run:
+    """Train until the run's end, from the newest checkpoint in ``out`` if there is one.
+
+    Args:
+        config: the run.
+        out: its folder; made if it is not there.
+        stop_after: save and return after this optimizer step, as an interruption would; call again to go on.
+        console: where progress is shown; standard output if not given.
+
+    Raises:
+        ConfigError: the user's mistake, other settings than the folder's run among them.
+        CheckpointError: a damaged checkpoint, or one that cannot be written.
+        RunError: non-finite steps without end, a full disk, too little device memory.
+        KeyboardInterrupt: a second Ctrl-C.
+    """
+    out, console = Path(out), console or Console()
+    total = schedule.total_steps(config)
+    if config.train.bigram_gate and not config.train.eval_sequences:
+        raise ConfigError("train.bigram_gate = true needs validation: set train.eval_sequences above 0")
+    primary = jax.process_index() == 0
+    with open_run_folder(config, out, primary=primary) as changes, _in_one_line(config, out), StopRequest() as stop:
+        shown = console if primary else Console(quiet=True)
+        for line in changes:
+            shown.print(f"changed since the run began: {line}", highlight=False, soft_wrap=True)
+        session = _Session(config, out, shown, stop, total)
+        return session.run(min(total, stop_after or total))
+
+
+@contextlib.contextmanager
+def _in_one_line(config: Config, out: Path) -> Iterator[None]:
+    """Failures of the machine as one line each."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        newest = newest_checkpoint(out / "checkpoints")
+        kept = f"the newest complete checkpoint is {newest}" if newest else "there is no complete checkpoint yet"
+        raise RunError(
+            f"cannot write to {out}: {error.strerror}; {kept}; free space and run the same command again"
+        ) from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise RunError(
+            f"the device has too little memory for this step: lower train.micro_batch_size "
+            f"(now {config.train.micro_batch_size or 'all at once'}), or set train.remat = 'full' (now "
+            f"{config.train.remat!r})"
+        ) from error
+
+
+class _Session:
+    """One process's part of a run, from what ``out`` holds to the end or an interruption."""
+
+    def __init__(self, config: Config, out: Path, console: Console, stop: StopRequest, total: int):
+        self.config, self.out, self.console, self.stop, self.total = config, out, console, stop, total
+        self.primary = jax.process_index() == 0
+        self.mesh = config_mesh(config)
+        self.data: Data = prepare_data(config, out, lambda line: console.print(line, highlight=False, soft_wrap=True))
+        self.val_bpb: float | None = None
+        self.streak = 0
+        self.seconds = 0.0
+        self.state, saved = self._starting_point()
+        self.first_step = self.saved_step = self.state.step
+        self.stream: RowStream = self.data.train_rows(jax.process_index(), jax.process_count(), saved)
+        self.train_step = make_train_step(config, self.mesh)
+        self.eval_step = make_eval_step(config, self.mesh)
+        self.val_rows = without_padding(self.data.validation_rows, self.data.tokenizer.pad_id)
+        self.queue = MetricsQueue(config.train.log_every)
+
+    def _starting_point(self) -> tuple[TrainState, dict[str, Any] | None]:
+        newest = newest_checkpoint(self.out / "checkpoints")
+        if newest is None:
+            return self._fresh_state(), None
+        arrays = restore(newest, abstract_state(self.config, self.mesh))
+        info = read_info(newest)
+        if info.step > self.total:
+            raise ConfigError(f"the run in {self.out} is at step {info.step}, past its end at step {self.total}")
+        self.val_bpb, self.seconds = info.val_bpb, info.extra["seconds"]
+        self.console.print(f"going on from {newest}", highlight=False, soft_wrap=True)
+        return dataclasses.replace(arrays, step=info.step, tokens=info.tokens), info.data
+
+    def _fresh_state(self) -> TrainState:
+        state, source = init_state(self.config, self.mesh), self.config.train.init_from
+        if not source:
+            return state
+        newest = newest_checkpoint(Path(source) / "checkpoints")
+        if newest is None:
+            raise ConfigError(f"train.init_from = {source!r} holds no checkpoint: name the folder of a run")
+        abstract = abstract_state(self.config, self.mesh)
+        wanted = {"params": abstract.params, "router_bias": abstract.router_bias}
+        given = restore(newest, wanted, partial=True)
+        self.console.print(f"weights from {newest}", highlight=False, soft_wrap=True)
+        ema = jax.tree.map(lambda leaf: leaf.copy(), given["params"]) if state.ema is not None else None
+        return dataclasses.replace(state, ema=ema, **given)
+
+    def run(self, last_step: int) -> Run:
+        """All steps up to ``last_step``, and the summary if that is the end."""
+        tokenizer_json = self.out / "tokenizer.json"
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.stream.close)
+            self.files = RunFiles(self.out, self.first_step) if self.primary else None
+            if self.files is not None:
+                stack.enter_context(_closing(self.files))
+            self.writer = stack.enter_context(
+                CheckpointWriter(
+                    self.out / "checkpoints",
+                    keep=self.config.train.keep_checkpoints,
+                    config_toml=to_toml(self.config),
+                    tokenizer_json=tokenizer_json if tokenizer_json.exists() else None,
+                )
+            )
+            self.progress = stack.enter_context(RunProgress(self.console, self.config, self.total, self.state.step))
+            with self.stop.deferred():
+                self._steps(last_step)
+                self._save()
+                self.writer.wait()
+        if self.state.step < self.total:
+            self.console.print(
+                f"stopped after step {self.state.step} of {self.total}; the same command goes on from step "
+                f"{self.saved_step}",
+                highlight=False,
+                soft_wrap=True,
+            )
+            return Run(self.config, self.out, self.state, self.data.tokenizer, {}, INTERRUPTED)
+        return self._end()
+
+    def _steps(self, last_step: int) -> None:
+        train = self.config.train
+        if self.state.step < last_step:
+            self.progress.status("compiling the training step")
+        began = time.perf_counter()
+        while self.state.step < last_step and not self._asked_to_stop():
+            before, compiling = self.state.tokens, self.state.step == self.first_step
+            rows = self.stream.take(schedule.batch_size(self.config, before))
+            self.state, metrics = self.train_step(self.state, without_padding(rows, self.data.tokenizer.pad_id))
+            step = self.state.step
+            if compiling:
+                jax.block_until_ready(metrics["loss"])
+                self.queue.start_clock()
+            measured = {}
+            self.val_bpb = None
+            if len(self.val_rows) and (step % train.eval_every == 0 or step == self.total):
+                self.val_bpb = measured["val_bpb"] = self._validate()
+            self.queue.push(metrics, self.state.tokens - before, **measured)
+            if step % train.log_every == 0:
+                self._drain(LAG)
+                self.writer.raise_if_failed()
+            if step % train.checkpoint_every == 0 and step < last_step:
+                self.seconds += time.perf_counter() - began
+                began = time.perf_counter()
+                self._save()
+        self._drain(0)
+        self.seconds += time.perf_counter() - began
+
+    def _asked_to_stop(self) -> bool:
+        """Processes agree at log points: a signal does not reach all of them at the same step."""
+        if jax.process_count() == 1:
+            return self.stop.asked
+        if self.state.step % self.config.train.log_every:
+            return False
+        return bool(np.any(multihost_utils.process_allgather(np.array(self.stop.asked))))
+
+    def _validate(self) -> float:
+        began = time.perf_counter()
+        nats, _ = self.eval_step(self.state, self.val_rows)
+        bits = nats / math.log(2) / predicted_bytes(self.data.validation_rows, self.data.tokenizer)
+        self.progress.validation(self.state.step, bits)
+        self.queue.pause(time.perf_counter() - began)
+        return bits
+
+    def _drain(self, lag: int) -> None:
+        records = self.queue.drain(lag)
+        if not records:
+            return
+        if self.files is not None:
+            self.files.write(records)
+        self.progress.update(records)
+        self.streak = records[-1]["nonfinite"]
+        worst = max(records, key=lambda record: record["nonfinite"])
+        if worst["nonfinite"] >= self.config.train.max_nonfinite_steps:
+            raise RunError(self._diverged(worst))
+
+    def _diverged(self, record: Record) -> str:
+        newest = newest_checkpoint(self.out / "checkpoints")
+        good = f"the last good checkpoint is {newest}" if newest else "no checkpoint was saved before"
+        return (
+            f"step {record['step']}: loss or gradient was not finite {record['nonfinite']} steps in a row; {good}; "
+            f"go on from it in another --out with --train.init-from {self.out} and a lower --optim.learning-rate (now "
+            f"{self.config.optim.learning_rate:g})"
+        )
+
+    def _save(self) -> None:
+        """Everything, after the metrics of the same steps are on the disk. Not while steps are being skipped: a good
+        checkpoint must not make room for one whose next step is known to be bad."""
+        self._drain(0)
+        step = self.state.step
+        if step == self.saved_step:
+            return
+        if self.streak:
+            self.progress.say(f"step {step}: not saved, its update was not finite and was skipped")
+            return
+        began = time.perf_counter()
+        if self.files is not None:
+            self.files.sync()
+        self.writer.save(
+            self.state,
+            step=step,
+            tokens=self.state.tokens,
+            data=_of_all_processes(self.stream.state()),
+            val_bpb=self.val_bpb,
+            extra={"seconds": self.seconds, "name": self.config.name},
+        )
+        self.saved_step = step
+        self.queue.pause(time.perf_counter() - began)
+
+    def _end(self) -> Run:
+        if self.val_bpb is None and len(self.val_rows):
+            self.val_bpb = self._validate()
+        summary: dict[str, Any] = {}
+        if self.primary:
+            facts = {"val_bpb": self.val_bpb, "steps": self.state.step, "tokens": self.state.tokens}
+            facts["seconds"] = round(self.seconds, 1)
+            model = model_of(self.config, self.state.params, self.state.router_bias)
+            summary = summarize(self.config, self.out, self.data, model, facts, self.console)
+        beaten = summary.get("beats_bigram_consumed")
+        failed = self.config.train.bigram_gate and self.primary and not beaten
+        return Run(self.config, self.out, self.state, self.data.tokenizer, summary, FAILED if failed else DONE)
+
+
+@contextlib.contextmanager
+def _closing(files: RunFiles) -> Iterator[None]:
+    """Close at the end; after a failure, what a full disk does not take is not a second failure."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            files.close()
+        raise
+    files.close()
+
+
+def without_padding(rows: Int32[np.ndarray, "n T1"], pad_id: int) -> Int32[np.ndarray, "n T1"]:
+    """Rows as the step takes them: padding is negative, so that no token of the vocabulary stands for it."""
+    return np.where(rows == pad_id, np.int32(-1), rows)
+
+
+def _of_all_processes(state: dict[str, Any]) -> dict[str, Any]:
+    """Every process's data state as one."""
+    if jax.process_count() == 1:
+        return state
+    own = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.array(own.size)))
+    padded = np.pad(own, (0, int(sizes.max()) - own.size))
+    every = np.asarray(multihost_utils.process_allgather(padded))
+    return merge_states([json.loads(row[:size].tobytes()) for row, size in zip(every, sizes, strict=True)])
