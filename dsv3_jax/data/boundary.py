@@ -19,7 +19,7 @@ class BoundarySplitter:
         """Search the vocabulary once and encode the parts of each joined token."""
         joined = {}
         for index in np.flatnonzero(tokenizer.token_bytes > 1).tolist():
-            cut = _parts(tokenizer.raw[index])
+            cut = cut_joined(tokenizer.raw[index])
             if cut is not None:
                 joined[index] = cut
         encoded = tokenizer.encode_batch([part for cut in joined.values() for part in cut])
@@ -50,7 +50,7 @@ class BoundarySplitter:
         return out
 
 
-def _parts(raw: bytes) -> tuple[str, str] | None:
+def cut_joined(raw: bytes) -> tuple[str, str] | None:
     """Punctuation and line breaks of ``" ?[punctuation or symbols]+[line breaks]+"``; None for any other token."""
     try:
         text = raw.decode("utf-8")

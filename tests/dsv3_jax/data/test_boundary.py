@@ -3,7 +3,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from dsv3_jax.data.boundary import BoundarySplitter
+from dsv3_jax.data.boundary import BoundarySplitter, cut_joined
 
 TEXT = "if x:\n    f(y);\n\n} // z\n\n.\n" * 50
 
@@ -25,6 +25,26 @@ def test_only_tokens_joining_punctuation_and_line_breaks_are_known(tokenizer, sp
     joined = {tokenizer.decode([index]) for index in splitter.parts}
     assert not joined & {"\n", "\n\n", "    ", ":", "x\n"}
     assert ":\n" in joined
+
+
+@pytest.mark.parametrize(
+    ("token", "parts"),
+    [
+        (b"):\n", ("):", "\n")),
+        (b" };\r\n\n", (" };", "\r\n\n")),
+        ("。\n".encode(), ("。", "\n")),
+        (b"x\n", None),
+        (b".x\n", None),
+        (b"  .\n", None),
+        (b"\n\n", None),
+        (b" \n", None),
+        (b"):", None),
+        (b"\n.", None),
+        (b"\xe3\x80\n", None),
+    ],
+)
+def test_a_joined_token_is_cut_between_its_marks_and_its_line_breaks(token, parts):
+    assert cut_joined(token) == parts
 
 
 def test_parts_are_the_two_halves_encoded_anew(tokenizer, splitter):

@@ -159,6 +159,10 @@ def test_every_epoch_has_each_document_once_in_another_order(settings, texts):
     epochs = [seen[n * len(wanted) : (n + 1) * len(wanted)] for n in range(3)]
     assert [set(epoch) for epoch in epochs] == [wanted] * 3
     assert epochs[0] != epochs[1] != epochs[2]
+    windows = [set(epoch[: data.config.data.pack_window]) for epoch in epochs]
+    assert windows[0] != windows[1] != windows[2]  # other documents meet, not only in another order
+    in_order = {tuple(data.tokenizer.encode(text)) for text in data.corpus.texts(data.train_ids[:8])}
+    assert in_order not in windows
 
 
 def test_another_seed_gives_other_rows_of_the_same_documents(settings, reference):

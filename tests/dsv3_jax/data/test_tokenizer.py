@@ -13,7 +13,7 @@ from dsv3_jax.data.files import write_whole
 from dsv3_jax.data.tokenizer import BOS, EOS, FIM_BEGIN, SPECIAL_TOKENS, Tokenizer, train_tokenizer
 
 MIXED = (
-    "def f(x):\n    return x**2 + 12345.678  # 汉字abcかなカナ\r\n\n\t'don't' naïve Ünïcode e\u0301\u0327 \u00a0 🙂🙂!\n"
+    "def f(x):\n    return x**2 + 12345.678  # 汉字abcかなカナ\r\n\n\t'don't' naïve Ünï e\u0301\u0327 \u00a0 🙂🙂!\n"
     '   \n\n    x = {"a": [1, 22, 333, 4444]};\n\n  <|EOT|> ١٢٣٤ Ⅳ² word_with_underscores --flag=3 '
     "中文123中文English中\n"
 )
