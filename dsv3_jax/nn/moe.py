@@ -1,5 +1,6 @@
 """DeepSeekMoE: shared experts, and routed experts without dropping (V3 eqs 12-16, spec 5)."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -61,9 +62,11 @@ class MoE(nnx.Module):
         block = block_rows(x_TD.shape[0] * chosen, experts)
         plan = make_plan(routing.experts.reshape(-1, chosen), experts, block)
         rows_MD = permute(x_TD, plan)
-        hidden = grouped_gemm(rows_MD, self.gate_up[...], plan.group_of_block, block=block)
-        hidden = swiglu(checkpoint_name(hidden, "gate_up"))
-        out_MD = grouped_gemm(hidden, self.down[...], plan.group_of_block, block=block)
+        gemm = functools.partial(
+            grouped_gemm, group_of_block=plan.group_of_block, block=block, num_blocks=plan.num_blocks
+        )
+        hidden_MI = swiglu(checkpoint_name(gemm(rows_MD, self.gate_up[...]), "gate_up"))
+        out_MD = gemm(hidden_MI, self.down[...])
         return unpermute(out_MD, routing.weights.reshape(-1, chosen), plan).reshape(x.shape)
 
 

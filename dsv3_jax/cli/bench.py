@@ -1,0 +1,70 @@
+"""``dsv3 bench train PRESET``: a training step measured."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsv3_jax.cli.overrides import parse_config
+from dsv3_jax.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``dsv3 bench train``."""
+
+    steps: int = 12
+    """Steps that are timed."""
+    warmup: int = 4
+    """Steps before them."""
+    json: str = ""
+    """File that the figures are written to as one JSON object; '-' prints the object alone."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Measure what is asked for; the exit status."""
+    words = list(argv)
+    if words and words[0] not in ("train", "-h", "--help"):
+        raise ConfigError(f"dsv3 bench {words[0]!r} is not known; there is `dsv3 bench train PRESET`")
+    if not words:
+        raise ConfigError("name what to measure, as in `dsv3 bench train bench_3b`")
+    description = "Time the training step on random tokens: compile seconds, median step, tokens/s, FLOP/s, memory."
+    config, options = parse_config("dsv3 bench train", words[1:] if words[0] == "train" else words, description, Options)
+    if options.steps < 1 or options.warmup < 1:
+        raise ConfigError(f"--steps = {options.steps} and --warmup = {options.warmup} must be at least 1")
+    from dsv3_jax.train.bench import bench_step
+
+    result = bench_step(
+        config, steps=options.steps, warmup=options.warmup, say=lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    text = json.dumps(dataclasses.asdict(result), indent=2)
+    if options.json == "-":
+        print(text)
+        return 0
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+    _print_table(dataclasses.asdict(result))
+    return 0
+
+
+def _print_table(facts: dict[str, object]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{facts['preset']} on {facts['devices']} x {facts['device']}", title_justify="left")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    for name, value in facts.items():
+        if name not in ("preset", "device", "devices"):
+            table.add_row(name.replace("_", " "), _text(value))
+    Console().print(table)
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "not known"
+    return f"{value:,.4g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}" if isinstance(
+        value, int | float
+    ) else str(value)

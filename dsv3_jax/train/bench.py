@@ -1,0 +1,120 @@
+"""A training step measured: compile time, step time, tokens/s, model FLOP/s, memory."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsv3_jax.config import Config
+from dsv3_jax.planning import count_parameters, flops_per_token
+from dsv3_jax.planning.devices import peak_flops
+from dsv3_jax.train.state import config_mesh, init_state
+from dsv3_jax.train.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBench:
+    """What one configuration's training step costs. Times are of the host's clock around finished steps."""
+
+    preset: str
+    device: str
+    devices: int
+    jax: str
+    precision: str
+    remat: str
+    sequences: int
+    seq_len: int
+    micro_batch_size: int
+    parameters: int
+    """Trainable."""
+    compile_seconds: float
+    step_ms: float
+    """Median."""
+    step_ms_min: float
+    step_ms_max: float
+    steps: int
+    tokens_per_second: float
+    gflop_per_token: float
+    """Model FLOPs by spec 2.4, causal, MTP included, recomputation not counted."""
+    model_tflops: float
+    """Of one device."""
+    mfu: float | None
+    """Share of the device's dense BF16 peak; None where that is not known."""
+    peak_memory_gib: float | None
+    """The allocator's own figure, one device; on a CPU, what XLA planned for the step."""
+    loss_first: float
+    loss_last: float
+
+
+def bench_step(config: Config, *, steps: int = 12, warmup: int = 4, say: Callable[[str], None] = print) -> StepBench:
+    """Time ``steps`` training steps after ``warmup`` ones, on four batches of uniform random tokens, cycled.
+
+    The loss of the batches must fall while they repeat: both ends are in the result.
+    """
+    mesh = config_mesh(config)
+    train, model = config.train, config.model
+    state, step = init_state(config, mesh), make_train_step(config, mesh)
+    draw = np.random.default_rng(train.seed)
+    shape = (train.batch_size, train.seq_len + 1)
+    batches = [draw.integers(0, model.vocab_size, shape, dtype=np.int32) for _ in range(4)]
+    jax.block_until_ready(state.params)
+    say(f"{config.name}: {count_parameters(model).trainable:,} parameters; compiling")
+    begin = time.perf_counter()
+    arguments, _ = step.arguments(state, batches[0])
+    compiled = step.jitted.lower(*arguments).compile()
+    compile_seconds = time.perf_counter() - begin
+    planned = compiled.memory_analysis()
+    say(f"compiled in {compile_seconds:.1f} s")
+    step.jitted = compiled
+    times, losses = [], []
+    for i in range(warmup + steps):
+        begin = time.perf_counter()
+        state, metrics = step(state, batches[i % len(batches)])
+        losses.append(float(metrics["loss"]))
+        jax.block_until_ready(state.params)
+        times.append(time.perf_counter() - begin)
+    timed = times[warmup:]
+    median = statistics.median(timed)
+    tokens = train.batch_size * train.seq_len
+    per_token = flops_per_token(model, train.seq_len, mtp=model.num_nextn_predict_layers > 0)
+    device = jax.devices()[0]
+    flops = per_token * tokens / median / mesh.size
+    peak = peak_flops(device.device_kind)
+    return StepBench(
+        preset=config.name,
+        device=device.device_kind,
+        devices=mesh.size,
+        jax=jax.__version__,
+        precision=train.precision,
+        remat=train.remat,
+        sequences=train.batch_size,
+        seq_len=train.seq_len,
+        micro_batch_size=step.micro_batch,
+        parameters=count_parameters(model).trainable,
+        compile_seconds=compile_seconds,
+        step_ms=1e3 * median,
+        step_ms_min=1e3 * min(timed),
+        step_ms_max=1e3 * max(timed),
+        steps=steps,
+        tokens_per_second=tokens / median,
+        gflop_per_token=per_token / 1e9,
+        model_tflops=flops / 1e12,
+        mfu=flops / peak if peak else None,
+        peak_memory_gib=_peak_memory(device, planned),
+        loss_first=losses[0],
+        loss_last=losses[-1],
+    )
+
+
+def _peak_memory(device: jax.Device, planned: Any) -> float | None:
+    stats = device.memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**30
+    if planned is None:
+        return None
+    total = planned.argument_size_in_bytes + planned.temp_size_in_bytes + planned.output_size_in_bytes
+    return (total - planned.alias_size_in_bytes) / 2**30
