@@ -5,6 +5,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from dsv3_jax.config import ConfigError
+from dsv3_jax.config.loader import nearest
+
 # Each command is a module of this package with ``run(argv) -> exit status``.
 COMMANDS = {
     "train": "train a preset, or go on with a run, with plots and a sample at the end",
@@ -26,23 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 done, 1 a failure, 2 the user's mistake (one line on stderr), 130 interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(_usage())
-        return DONE if words else USER_MISTAKE
-    if words[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"dsv3-jax {version('dsv3-jax')}")
-        return DONE
-
-    from dsv3_jax.config import ConfigError
-    from dsv3_jax.config.loader import nearest
-
-    name, rest = words[0], words[1:]
     try:
-        if name not in COMMANDS:
-            raise ConfigError(f"unknown command {name!r}{nearest(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
-        return importlib.import_module(f"dsv3_jax.cli.{name}").run(rest)
+        status = _dispatch(words)
+        sys.stdout.flush()
+        return status
     except ConfigError as error:
         print(f"dsv3: error: {error}", file=sys.stderr)
         return USER_MISTAKE
@@ -58,6 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else DONE
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return DONE if words else USER_MISTAKE
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"dsv3-jax {version('dsv3-jax')}")
+        return DONE
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        raise ConfigError(f"unknown command {name!r}{nearest(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
+    return importlib.import_module(f"dsv3_jax.cli.{name}").run(rest)
 
 
 def _usage() -> str:
