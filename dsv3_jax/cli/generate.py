@@ -5,12 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dsv3_jax.checkpoint import CheckpointError
 from dsv3_jax.cli.main import DONE, FAILURE
 from dsv3_jax.cli.overrides import parse_options
 from dsv3_jax.config import ConfigError
-from dsv3_jax.inference.load import Weights
-from dsv3_jax.nn.mla import AttentionForm
 
 
 @dataclass(frozen=True)
@@ -30,11 +27,11 @@ class Options:
     """Share of the probability that is drawn from."""
     seed: int = 0
     """The same seed draws the same text."""
-    form: AttentionForm = "absorbed"
+    form: Literal["naive", "absorbed"] = "absorbed"
     """How latent attention reads its cache; both give the same text."""
     step: int = -1
     """Checkpoint of that step; -1 is the newest."""
-    weights: Weights = "params"
+    weights: Literal["params", "ema", "best"] = "params"
     """As trained, their moving average, or those with the lowest validation."""
     precision: Literal["run", "fp32", "bf16"] = "run"
     """Type of activations and cache; run is what the model was trained in."""
@@ -46,6 +43,8 @@ def run(argv: Sequence[str]) -> int:
     """Print each prompt with what the model adds to it; the exit status."""
     prompts, rest = _take_prompts(argv)
     options = parse_options("dsv3 generate", rest, "Text from a trained model, prompt included.", Options)
+    # JAX and all above it take seconds to import: mistakes on the command line are told before.
+    from dsv3_jax.checkpoint import CheckpointError
     from dsv3_jax.inference import generate_text, load_run
 
     try:

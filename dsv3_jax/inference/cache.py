@@ -1,13 +1,14 @@
 """The cache of a model's trunk: with MLA one latent and one rotated key a token and layer, nothing per head."""
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import Cache
 from dsv3_jax.nn.attention import LayerCache
 
 
-def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> Cache:
     """Zeros for ``batch`` sequences of up to ``slots`` tokens, a :class:`LayerCache` a stack with a leading layer dim.
 
     With MLA [L, B, S, C] and [L, B, S, R] (spec 4.5), else keys and values [L, B, S, N', H]; in all

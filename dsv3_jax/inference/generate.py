@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dsv3_jax.config import ConfigError, ModelConfig
@@ -38,7 +39,7 @@ def generate(
     seed: int = 0,
     eos_id: int | None = None,
     form: AttentionForm = "absorbed",
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> list[list[int]]:
     """New tokens behind each prompt, prompt and EOS left out.
 
