@@ -1,5 +1,6 @@
 """Error metrics, tolerances, FLOP counting and the benchmark timer that the kernels' tests and benches share."""
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ RELATIVE_L2_TOLERANCE = {"float32": 2e-6, "float16": 1.5e-3, "bfloat16": 8e-3}
 """Largest relative L2 error of one operation against a float64 or float32 definition, by the dtype of its result."""
 
 _DOT_PRIMITIVES = ("dot_general",)
+_log = logging.getLogger(__name__)
 
 
 def relative_l2(actual: ArrayLike, expected: ArrayLike) -> float:
@@ -85,30 +87,63 @@ def _sub_jaxprs(params: dict[str, Any]) -> list[Any]:
     ]
 
 
-def median_microseconds(function: Callable[..., Any], *arguments: Any, repeats: int = 20, warmup: int = 3) -> float:
+def median_microseconds(function: Callable[..., Any], *arguments: Any, repeats: int = 20, warmup: int = 2) -> float:
     """Median time of one call of ``jax.jit(function)`` on ``arguments``, in microseconds, compilation left out.
 
-    On a GPU it is the sum of the kernels' device times (CUPTI), else the wall clock of a call that is waited for.
-    Calls come back to back on the same inputs, so caches are warm.
+    On a GPU it is the sum of the kernels' device times (CUPTI) of calls made back to back, else the wall clock of a
+    call that is waited for. Inputs stay the same, so what fits in a cache is there.
 
     Raises:
         ValueError: ``repeats`` is below 1.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
-    compiled = jax.jit(function)
+    compiled = _jitted(function)
     for _ in range(max(warmup, 1)):
         jax.block_until_ready(compiled(*arguments))
     if jax.default_backend() == "gpu":
-        from jax.experimental.mosaic.gpu import profiler  # imported here: it is slow to import and of use on GPUs only
-
-        # Leaving CUPTI attached between measurements avoids a fixed cost per call.
-        _, milliseconds = profiler.Cupti(finalize=False).measure(compiled, iterations=repeats)(*arguments)
-        if milliseconds is not None:
-            return 1e3 * float(np.median(milliseconds))
+        return 1e3 * float(np.median(_device_milliseconds(compiled, arguments, repeats)))
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         jax.block_until_ready(compiled(*arguments))
         seconds.append(time.perf_counter() - start)
     return 1e6 * float(np.median(seconds))
+
+
+def _jitted(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
+
+
+def _device_milliseconds(compiled: Callable[..., Any], arguments: tuple[Any, ...], repeats: int) -> list[float]:
+    """Device time of each call by CUPTI; where it does not work, the mean over calls made back to back."""
+    from jax.experimental.mosaic.gpu import profiler  # slow to import, and of use on GPUs only
+
+    try:
+        profile = profiler.Cupti(finalize=False)  # left attached: attaching takes long
+        _, milliseconds = profile.measure(compiled, iterations=repeats)(*arguments)
+    except RuntimeError as error:
+        _log.warning("CUPTI does not work here (%s); timing by the wall clock", error)
+        milliseconds = None
+    if milliseconds is None:
+        return [1e3 * _mean_seconds(compiled, arguments, repeats)]
+    return np.atleast_1d(milliseconds).tolist()
+
+
+def sustained_microseconds(function: Callable[..., Any], *arguments: Any, seconds: float = 0.5) -> float:
+    """Mean time of one call among calls made back to back for about ``seconds``, in microseconds.
+
+    It is what a long run sees: under load a GPU lowers its clock to stay within its power limit.
+    """
+    compiled = _jitted(function)
+    jax.block_until_ready(compiled(*arguments))
+    calls = max(2, round(seconds / _mean_seconds(compiled, arguments, 3)))
+    return 1e6 * _mean_seconds(compiled, arguments, calls)
+
+
+def _mean_seconds(compiled: Callable[..., Any], arguments: tuple[Any, ...], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls - 1):
+        compiled(*arguments)
+    jax.block_until_ready(compiled(*arguments))
+    return (time.perf_counter() - start) / calls

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.grouped_gemm import xla
+from pallas_kernels.grouped_gemm import pallas_sm90, xla
 
 
 def grouped_gemm(
@@ -24,6 +24,9 @@ def grouped_gemm(
     The product is computed in ``x_MK``'s dtype and accumulated in float32; ``w_GKN`` may be a float32 master, which is
     cast on the way in, forward and backward, and not kept. Its gradient is accumulated in float32 and returned in the
     dtype of ``w_GKN``: for a master it is never rounded below float32.
+
+    The Hopper kernel takes bfloat16 or float16 rows, blocks of a multiple of 128 rows, and K and N that are multiples
+    of 128; ``auto`` falls back to XLA elsewhere.
 
     Args:
         x_MK: rows, ``M = NB * block``.
@@ -49,15 +52,27 @@ def grouped_gemm(
         raise ValueError(
             f"grouped_gemm: x_MK has {rows} rows, but group_of_block names {group_of_block.shape[0]} blocks of {block}"
         )
-    chosen = dispatch.choose("grouped_gemm", implementation, {"pallas": "not written"})
+    chosen = dispatch.choose("grouped_gemm", implementation, {"pallas": pallas_sm90.obstacle(x_MK, w_GKN, block)})
     if num_blocks is None:
         num_blocks = jnp.asarray(group_of_block.shape[0], jnp.int32)
     return _grouped_gemm(x_MK, w_GKN, group_of_block, num_blocks, block, chosen)
 
 
-def _gemm(x: Array, w: Array, group_of_block: Array, num_blocks: Array, block: int, chosen: str, transpose_w: bool):
+def _gemm(
+    x: Array, w: Array, group_of_block: Array, num_blocks: Array, block: int, chosen: str, transpose_w: bool
+) -> Array:
     w = w.astype(x.dtype)
+    if chosen == "pallas":
+        return pallas_sm90.gemm(x, w, group_of_block, num_blocks, block=block, transpose_w=transpose_w)
     return xla.gemm(x, w, group_of_block, block=block, transpose_w=transpose_w)
+
+
+def _wgrad(
+    x: Array, dy: Array, group_of_block: Array, num_blocks: Array, block: int, chosen: str, num_groups: int
+) -> Array:
+    if chosen == "pallas":
+        return pallas_sm90.wgrad(x, dy, group_of_block, num_blocks, block=block, num_groups=num_groups)
+    return xla.wgrad(x, dy, group_of_block, block=block, num_groups=num_groups)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -65,14 +80,19 @@ def _grouped_gemm(x: Array, w: Array, group_of_block: Array, num_blocks: Array, 
     return _gemm(x, w, group_of_block, num_blocks, block, chosen, transpose_w=False)
 
 
-def _forward(x: Array, w: Array, group_of_block: Array, num_blocks: Array, block: int, chosen: str):
+_Saved = tuple[Array, Array, Array, Array]
+
+
+def _forward(
+    x: Array, w: Array, group_of_block: Array, num_blocks: Array, block: int, chosen: str
+) -> tuple[Array, _Saved]:
     return _grouped_gemm(x, w, group_of_block, num_blocks, block, chosen), (x, w, group_of_block, num_blocks)
 
 
-def _backward(block: int, chosen: str, saved: tuple[Array, Array, Array, Array], dy: Array):
+def _backward(block: int, chosen: str, saved: _Saved, dy: Array) -> tuple[Array, Array, None, None]:
     x, w, group_of_block, num_blocks = saved
     dx = _gemm(dy, w, group_of_block, num_blocks, block, chosen, transpose_w=True)
-    dw = xla.wgrad(x, dy, group_of_block, block=block, num_groups=w.shape[0])
+    dw = _wgrad(x, dy, group_of_block, num_blocks, block, chosen, w.shape[0])
     return dx, dw.astype(w.dtype), None, None
 
 

@@ -56,15 +56,10 @@ def _unpermute_fwd(y_MD: Array, weights_TK: Array, plan: Plan) -> tuple[Array, t
 def _unpermute_bwd(saved: tuple[Array, Array, Plan], dout_TD: Array) -> tuple[Array, Array, None]:
     y_MD, weights_TK, plan = saved
     weight_M = _take_rows(weights_TK.reshape(-1), plan.pair_of_row_M).astype(jnp.float32)
-    dy_MD = weight_M[:, None] * _take_rows(dout_TD, plan.token_of_row_M).astype(jnp.float32)
-    dout32_TD = dout_TD.astype(jnp.float32)
-    dw_TK = jnp.stack(
-        [
-            jnp.sum(_take_rows(y_MD, plan.row_of_pair_TK[:, k]).astype(jnp.float32) * dout32_TD, axis=1)
-            for k in range(weights_TK.shape[1])
-        ],
-        axis=1,
-    )
+    dout_MD = _take_rows(dout_TD, plan.token_of_row_M).astype(jnp.float32)
+    dy_MD = weight_M[:, None] * dout_MD
+    dw_M = jnp.sum(y_MD.astype(jnp.float32) * dout_MD, axis=1)
+    dw_TK = _take_rows(dw_M, plan.row_of_pair_TK)
     return dy_MD.astype(y_MD.dtype), dw_TK.astype(weights_TK.dtype), None
 
 

@@ -52,3 +52,10 @@ def test_the_timer_tells_a_long_program_from_a_short_one():
     short = testing.median_microseconds(lambda x: x @ x, x, repeats=5)
     long = testing.median_microseconds(lambda x: jax.lax.fori_loop(0, 64, lambda _, c: c @ x * 0.01, x), x, repeats=5)
     assert 0 < short < long
+
+
+def test_the_sustained_time_of_a_call_is_about_the_median_time():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((512, 512)), jnp.float32)
+    chain = jax.jit(lambda x: jax.lax.fori_loop(0, 8, lambda _, c: c @ x * 0.01, x))
+    once = testing.median_microseconds(chain, x, repeats=5)
+    assert once / 4 < testing.sustained_microseconds(chain, x, seconds=0.1) < 4 * once

@@ -37,7 +37,7 @@ def test_output_equals_the_float64_definition(name, dtype):
     assert_close(out, reference.causal_attention(q, k, v, scale=scale, q_offset=offset))
 
 
-@pytest.mark.parametrize("name", ["narrow_values", "grouped_heads", "after_a_prefix"])
+@pytest.mark.parametrize("name", ["grouped_heads", "after_a_prefix"])
 def test_chunks_of_queries_give_the_same_output_and_gradients(name):
     q, k, v, scale, offset = draw(name)
     attend = functools.partial(xla.causal_attention, scale=scale, q_offset=jnp.asarray(offset))

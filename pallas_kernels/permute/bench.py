@@ -1,0 +1,54 @@
+"""Times the plan, both directions and their gradients on the models' shapes.
+
+    python -m pallas_kernels.permute.bench [--json FILE] [--quick]
+
+GB/s counts what must move: each row that is not padding read once and written once, tokens' rows once.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import bench_table
+from pallas_kernels.permute import Plan, make_plan, permute, unpermute
+
+CASES = {  # name: (T, D, E, K, block)
+    "bench_3b": (16384, 2048, 64, 6, 128),
+    "v3_per_device": (8192, 7168, 8, 8, 128),
+    "small_model": (4096, 128, 16, 4, 64),
+}
+
+
+def _gradient_of_permute(x_TD: Array, dy_MD: Array, plan: Plan) -> Array:
+    return jax.vjp(lambda x: permute(x, plan), x_TD)[1](dy_MD)[0]
+
+
+def _gradients_of_unpermute(y_MD: Array, weights_TK: Array, dout_TD: Array, plan: Plan) -> tuple[Array, Array]:
+    return jax.vjp(lambda y, w: unpermute(y, w, plan), y_MD, weights_TK)[1](dout_TD)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    options = bench_table.parser(__doc__).parse_args(arguments)
+    table = bench_table.Table(options.json)
+    for name in list(CASES)[: 1 if options.quick else None]:
+        tokens, dim, experts, choices, block = CASES[name]
+        keys = jax.random.split(jax.random.key(0), 4)
+        _, idx = jax.lax.top_k(jax.random.normal(keys[0], (tokens, experts)), choices)
+        x, dout = (jax.random.normal(key, (tokens, dim), jnp.bfloat16) for key in keys[1:3])
+        weights = jax.random.uniform(keys[3], (tokens, choices))
+        plan = jax.jit(make_plan, static_argnums=(1, 2))(idx, experts, block)
+        rows = jax.jit(permute)(x, plan)
+        once, all_rows = 2 * tokens * dim, 2 * tokens * choices * dim
+        table.measure(name, "plan", "xla", lambda idx, e=experts, b=block: make_plan(idx, e, b), (idx,))
+        for operation, function, inputs, moved in (
+            ("permute", permute, (x, plan), once + all_rows),
+            ("its grad", _gradient_of_permute, (x, rows, plan), all_rows + once),
+            ("unpermute", unpermute, (rows, weights, plan), all_rows + once),
+            ("its grad", _gradients_of_unpermute, (rows, weights, dout, plan), 2 * all_rows + once),
+        ):
+            table.measure(name, operation, "xla", function, inputs, moved_bytes=moved)
+
+
+if __name__ == "__main__":
+    main()
