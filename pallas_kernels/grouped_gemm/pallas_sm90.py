@@ -303,7 +303,7 @@ def _persistent_product(
     full_barriers = stages * (_MATH_WARPGROUPS if ping_pong else 1)
     kernel = plgpu.kernel(
         body,
-        out_type=varying.result_type(out_type.shape, out_dtype, *operands),
+        out_type=out_type,
         scratch_types={
             "a_smem": plgpu.SMEM((stages, *a_shape), dtype, transforms=_swizzled(dtype)),
             "b_smem": plgpu.SMEM((stages, *b_shape), dtype, transforms=_swizzled(dtype)),
@@ -317,4 +317,4 @@ def _persistent_product(
         thread_name="warpgroup",
         interpret=interpret,
     )
-    return kernel(*operands)
+    return varying.like(kernel(*operands), *operands)

@@ -152,3 +152,20 @@ def test_cudnn_equals_the_definition_forward_and_backward_on_hopper(dim, value_d
         gradients = expected(do.astype(jnp.float32))
     for got, wanted in zip(back(do), gradients, strict=True):
         assert_close(got, wanted, tolerance=1.5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_cudnn_runs_inside_shard_map(check_vma):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 256, 4, size)), jnp.bfloat16) for size in (192, 192, 128))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.P("data")
+
+    def local(q, k, v):
+        out, back = jax.vjp(functools.partial(causal_attention, scale=0.07, implementation="cudnn"), q, k, v)
+        return out, *back(out)
+
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=(spec,) * 4, check_vma=check_vma)
+    for got, expected in zip(jax.jit(sharded)(q, k, v), jax.jit(local)(q, k, v), strict=True):
+        assert_close(got, expected)

@@ -88,6 +88,23 @@ def test_the_kernels_lower_for_hopper_and_fit_in_its_shared_memory():
         jax.jit(too_large).trace(*avals).lower(lowering_platforms=("cuda",))
 
 
+def test_the_public_function_lowers_to_the_kernels_inside_shard_map_with_checked_replication(monkeypatch):
+    monkeypatch.setattr(dispatch, "hopper_obstacle", lambda: None)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.P("data")
+
+    def local(x, w, dy, groups):
+        op = functools.partial(grouped_gemm, group_of_block=groups, block=128, implementation="pallas")
+        y, back = jax.vjp(lambda x, w: op(x, w), x, jax.lax.pcast(w, "data", to="varying"))
+        dx, dw = back(dy)
+        return y, dx, jax.lax.psum(dw, "data")
+
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(spec, jax.P(), spec, spec), out_specs=(spec, spec, jax.P()))
+    x, w, dy, groups, _ = arrays_of(UNEVEN)
+    lowered = jax.jit(sharded).trace(x, w.astype(jnp.float32), dy, groups).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("mosaic_gpu") >= 3
+
+
 @pytest.mark.parametrize(
     ("dtype", "block", "dims", "message"),
     [
