@@ -54,8 +54,8 @@ def test_the_timer_tells_a_long_program_from_a_short_one():
     assert 0 < short < long
 
 
-def test_the_sustained_time_of_a_call_is_about_the_median_time():
+def test_the_sustained_time_of_a_call_is_of_the_order_of_the_median():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((512, 512)), jnp.float32)
     chain = jax.jit(lambda x: jax.lax.fori_loop(0, 8, lambda _, c: c @ x * 0.01, x))
     once = testing.median_microseconds(chain, x, repeats=5)
-    assert once / 4 < testing.sustained_microseconds(chain, x, seconds=0.1) < 4 * once
+    assert once / 10 < testing.sustained_microseconds(chain, x, seconds=0.1) < 10 * once
