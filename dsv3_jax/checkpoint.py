@@ -135,8 +135,8 @@ def restore(path: Path, abstract: Any, *, partial: bool = False) -> Any:
 class CheckpointWriter:
     """Saves into ``folder`` in the background, one save at a time; keeps the newest ``keep`` and the best.
 
-    Use as a context manager: leaving it waits for the last save, unless by KeyboardInterrupt. Every process of a run makes one, process 0 writes
-    what is not an array and decides what is kept.
+    Use as a context manager: leaving it waits for the last save, unless by KeyboardInterrupt. Every process of a run
+    makes one; process 0 writes what is not an array and decides what is kept.
     """
 
     def __init__(self, folder: Path, *, keep: int, config_toml: str, tokenizer_json: Path | None = None):

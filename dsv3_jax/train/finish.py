@@ -1,15 +1,17 @@
-"""What a run leaves when it ends: baselines to compare with, pictures, ``summary.json``."""
+"""What a run leaves when it ends: baselines to compare with, pictures, ``samples.txt``, ``summary.json``."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 
 from dsv3_jax.config import Config
 from dsv3_jax.data import Data, consumed_counts, full_train_counts, gzip_bits_per_byte
 from dsv3_jax.data.files import write_whole
+from dsv3_jax.inference import generate_text
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.planning.parameters import count_parameters
 from dsv3_jax.train.plots import write_plots
@@ -17,11 +19,15 @@ from dsv3_jax.train.plots import write_plots
 _COUNTED_TOKENS = 200_000_000
 """Runs up to this many tokens are compared with a bigram model; longer ones only where ``train.bigram_gate`` asks."""
 
+_SAMPLES, _TEMPERATURE, _TOP_P = 3, 0.7, 0.95
+_MARK = "▮"
+"""Stands between a prompt and what the model adds."""
+
 
 def summarize(
     config: Config, out: Path, data: Data, model: DeepSeekV3, facts: dict[str, Any], console: Console
 ) -> dict[str, Any]:
-    """Baselines, pictures and ``summary.json``, all printed.
+    """Baselines, pictures, samples and ``summary.json``, all told on the console.
 
     Args:
         config: the run.
@@ -46,7 +52,10 @@ def summarize(
         "bigram over the whole train split": summary["bigram_full_bpb"],
     }
     pictures = write_plots(out, router_names(config), lines)
+    samples = _samples(config, data, model)
+    write_whole(out / "samples.txt", "\n".join(samples))
     write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    console.print(samples[0], highlight=False, markup=False, soft_wrap=True)
     _print(summary, out, pictures, console)
     return summary
 
@@ -76,6 +85,31 @@ def _baselines(config: Config, data: Data, facts: dict[str, Any]) -> dict[str, f
     return dict(zip(names, values, strict=True))
 
 
+def _samples(config: Config, data: Data, model: DeepSeekV3) -> list[str]:
+    """The model going on from the beginnings of validation rows, and writing a document of its own."""
+    tokenizer, length = data.tokenizer, config.train.seq_len
+    begun = length // 4
+    prompts = [tokenizer.decode(row[:begun]) for row in data.validation_rows[:_SAMPLES]] + [""]
+    dtype = jnp.bfloat16 if config.train.precision == "bf16" else jnp.float32
+    written = generate_text(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=length - begun,
+        parse_special=True,
+        temperature=_TEMPERATURE,
+        top_p=_TOP_P,
+        seed=config.train.seed,
+        dtype=dtype,
+    )
+    shown = []
+    for number, (prompt, text) in enumerate(zip(prompts, written, strict=True), start=1):
+        told = f"prompt of {begun} tokens from the validation split" if prompt else "no prompt"
+        title = f"=== sample {number}: {told}, temperature {_TEMPERATURE}, top-p {_TOP_P} ==="
+        shown.append(f"{title}\n{prompt}{_MARK if prompt else ''}{text}\n")
+    return shown
+
+
 def _print(summary: dict[str, Any], out: Path, pictures: list[Path], console: Console) -> None:
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True)
@@ -96,4 +130,5 @@ def _print(summary: dict[str, Any], out: Path, pictures: list[Path], console: Co
                 verdict = "beaten" if reached < summary[key] else "NOT beaten"
                 say(f"  {name}: {summary[key]:.4f} ({verdict})")
     say(f"pictures: {', '.join(str(path) for path in pictures)}")
+    say(f"samples: {out / 'samples.txt'}")
     say(f"summary: {out / 'summary.json'}")

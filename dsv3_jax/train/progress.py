@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -39,7 +39,7 @@ class RunProgress:
             self._bar = Progress(*columns, console=console, transient=True)
             self._task = self._bar.add_task("", total=total_steps, completed=done_steps)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunProgress":
         if self._bar is not None:
             self._bar.start()
         return self
@@ -115,8 +115,8 @@ def _number(value: float | None, form: str) -> str:
 def _short(value: float) -> str:
     """Three digits and a unit: 1.23M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g}{unit}" if value < 999.5 * size else f"{value / size:.0f}{unit}"
+        if value >= 0.9995 * size:
+            return f"{value / size:.3g}{unit}"
     return f"{value:.0f}"
 
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 from dsv3_jax.config import Config, ConfigError, differences, load_config, to_toml
 from dsv3_jax.data.files import write_whole
@@ -71,8 +71,8 @@ def _changes(config: Config, out: Path) -> list[str]:
     refused = [line for line in changes if not _allowed(line.partition(":")[0], old, config)]
     if refused:
         raise ConfigError(
-            f"--out = {str(out)!r} holds a run with other settings ({'; '.join(refused)}): give the run's own again, or "
-            "another --out (a run may be made longer; logging, evaluation and checkpoint intervals may change)"
+            f"--out = {str(out)!r} holds a run with other settings ({'; '.join(refused)}): give the run's own again, "
+            "or another --out (a run may be made longer; logging, evaluation and checkpoint intervals may change)"
         )
     return changes
 
@@ -90,8 +90,8 @@ def _allowed(name: str, old: Config, new: Config) -> bool:
 class StopRequest:
     """Ctrl-C and SIGTERM while steps are made: the first asks to save and stop, another stops at once.
 
-    Use as a context manager. Both stop at once, by KeyboardInterrupt, outside :meth:`deferred`. Outside the main thread,
-    where Python has no signals, nothing is changed.
+    Use as a context manager. Both stop at once, by KeyboardInterrupt, outside :meth:`deferred`. In other threads than
+    the main one, where Python has no signals, nothing is changed.
     """
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class StopRequest:
         self._deferred = False
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)

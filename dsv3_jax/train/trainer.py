@@ -253,9 +253,10 @@ class _Session:
             self.files.write(records)
         self.progress.update(records)
         self.streak = records[-1]["nonfinite"]
-        worst = max(records, key=lambda record: record["nonfinite"])
-        if worst["nonfinite"] >= self.config.train.max_nonfinite_steps:
-            raise RunError(self._diverged(worst))
+        limit = self.config.train.max_nonfinite_steps
+        for record in records:
+            if record["nonfinite"] >= limit:
+                raise RunError(self._diverged(record))
 
     def _diverged(self, record: Record) -> str:
         newest = newest_checkpoint(self.out / "checkpoints")
@@ -267,14 +268,13 @@ class _Session:
         )
 
     def _save(self) -> None:
-        """Everything, after the metrics of the same steps are on the disk. Not while steps are being skipped: a good
-        checkpoint must not make room for one whose next step is known to be bad."""
+        """Everything, after the metrics of the same steps are on the disk; never a bad state in a good one's place."""
         self._drain(0)
         step = self.state.step
         if step == self.saved_step:
             return
-        if self.streak:
-            self.progress.say(f"step {step}: not saved, its update was not finite and was skipped")
+        if self.streak or not self._gives_finite_loss():
+            self.progress.say(f"step {step}: not saved, its loss or gradient is not finite")
             return
         began = time.perf_counter()
         if self.files is not None:
@@ -290,6 +290,12 @@ class _Session:
         self.saved_step = step
         self.queue.pause(time.perf_counter() - began)
 
+    def _gives_finite_loss(self) -> bool:
+        """The last step's metrics are of the weights before it: those after it are tried on validation text."""
+        if self.val_bpb is not None or not len(self.val_rows):
+            return self.val_bpb is None or math.isfinite(self.val_bpb)
+        return math.isfinite(self.eval_step(self.state, self.val_rows[:1])[0])
+
     def _end(self) -> Run:
         if self.val_bpb is None and len(self.val_rows):
             self.val_bpb = self._validate()
@@ -297,7 +303,9 @@ class _Session:
         if self.primary:
             facts = {"val_bpb": self.val_bpb, "steps": self.state.step, "tokens": self.state.tokens}
             facts["seconds"] = round(self.seconds, 1)
-            model = model_of(self.config, self.state.params, self.state.router_bias)
+            # Arrays are whole on every device: the first device's are enough to write text with.
+            local = jax.tree.map(lambda leaf: leaf.addressable_data(0), (self.state.params, self.state.router_bias))
+            model = model_of(self.config, *local)
             summary = summarize(self.config, self.out, self.data, model, facts, self.console)
         beaten = summary.get("beats_bigram_consumed")
         failed = self.config.train.bigram_gate and self.primary and not beaten
