@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig, validate_model
@@ -68,7 +69,7 @@ class DeepSeekV3(nnx.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
         *,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         balance: BalanceLoss | None = None,
         remat: Remat = "none",
         cache: Cache | None = None,
@@ -91,7 +92,7 @@ class DeepSeekV3(nnx.Module):
                     new_cache[name] = above
         return x, record, new_cache or None
 
-    def __call__(self, tokens: Int[Array, "B T"], *, dtype: jnp.dtype = jnp.float32) -> Float[Array, "B T V"]:
+    def __call__(self, tokens: Int[Array, "B T"], *, dtype: DTypeLike = jnp.float32) -> Float[Array, "B T V"]:
         """Logits of the main model, in ``dtype``: position i predicts token i + 1."""
         hidden, _, _ = self.trunk(tokens, dtype=dtype)
         return self.logits(self.final_norm(hidden))
@@ -100,7 +101,7 @@ class DeepSeekV3(nnx.Module):
         self,
         tokens: Int[Array, "B T1"],
         *,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         balance: BalanceLoss | None = None,
         remat: Remat = "none",
     ) -> Hidden:
@@ -143,4 +144,5 @@ def merge_model(graph: nnx.GraphDef[DeepSeekV3], params: Mapping[str, Any], rout
 
 def abstract_model(config: ModelConfig) -> DeepSeekV3:
     """The model with shapes and dtypes in place of arrays: nothing is allocated, whatever the size."""
+    validate_model(config)  # inside a transformation, JAX would add a line of its own to the message
     return nnx.eval_shape(lambda: DeepSeekV3(config, rngs=nnx.Rngs(0)))

@@ -1,7 +1,7 @@
 """The pre-norm transformer block, and a stack of equal blocks run by one scan."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ def run_blocks(
     graph, stacked = nnx.split(blocks)
 
     def layer(
-        x: jax.Array, inputs: tuple[nnx.State, LayerCache | None]
+        x: jax.Array, inputs: tuple[Any, LayerCache | None]
     ) -> tuple[jax.Array, tuple[MoEAux | None, LayerCache | None]]:
         state, layer_cache = inputs
         block = nnx.merge(graph, state)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
@@ -88,5 +89,5 @@ class Embedding(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.table = nnx.Param(init_weight(config, rngs, config.vocab_size, config.hidden_size))
 
-    def __call__(self, tokens: Int[Array, "*rows"], dtype: jnp.dtype) -> Float[Array, "*rows D"]:
+    def __call__(self, tokens: Int[Array, "*rows"], dtype: DTypeLike) -> Float[Array, "*rows D"]:
         return self.table[...][tokens].astype(dtype)

@@ -1,6 +1,7 @@
 """Multi-token prediction: one more block that predicts a further token (V3 eqs 21-25, spec 7)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ class MTP(nnx.Module):
         graph, state = nnx.split(self)
 
         def forward(
-            state: nnx.State, hidden: jax.Array, embedded: jax.Array
+            state: Any, hidden: jax.Array, embedded: jax.Array
         ) -> tuple[jax.Array, jax.Array, MoEAux | None]:
             module = nnx.merge(graph, state)
             parts = [module.embedding_norm(embedded), module.hidden_norm(hidden)]

@@ -16,12 +16,12 @@ def yarn_bounds(dim: int, base: float, scaling: RopeScaling) -> tuple[float, flo
         length = scaling.original_max_position_embeddings
         return dim * math.log(length / (2 * math.pi * rotations)) / (2 * math.log(base))
 
-    low = max(math.floor(pair_of(scaling.beta_fast)), 0)
-    high = min(math.ceil(pair_of(scaling.beta_slow)), dim - 1)
+    low = float(max(math.floor(pair_of(scaling.beta_fast)), 0))
+    high = float(min(math.ceil(pair_of(scaling.beta_slow)), dim - 1))
     return low, high + 0.001 if low == high else high
 
 
-def rope_frequencies(dim: int, base: float, scaling: RopeScaling) -> Float64[np.ndarray, " R/2"]:
+def rope_frequencies(dim: int, base: float, scaling: RopeScaling) -> Float64[np.ndarray, " pairs"]:
     """Radians a position of each channel pair; factor 1 is plain RoPE."""
     plain = base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     if scaling.factor == 1:
@@ -42,7 +42,9 @@ def softmax_scale(config: ModelConfig) -> float:
     return config.qk_head_dim**-0.5 * yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
 
 
-def rotation(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T R/2"], Float[Array, "B T R/2"]]:
+def rotation(
+    config: ModelConfig, positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T pairs"], Float[Array, "B T pairs"]]:
     """Cosines and sines, float32, of each position and channel pair."""
     dim = config.qk_rope_head_dim if config.attention == "mla" else config.head_dim
     scaling = config.rope_scaling
@@ -54,7 +56,7 @@ def rotation(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Float[A
 
 def rotate(
     x: Float[Array, "B T N R"],
-    cos_sin: tuple[Float[Array, "B T R/2"], Float[Array, "B T R/2"]],
+    cos_sin: tuple[Float[Array, "B T pairs"], Float[Array, "B T pairs"]],
     *,
     interleave: bool,
 ) -> Float[Array, "B T N R"]:
