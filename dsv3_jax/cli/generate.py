@@ -43,6 +43,7 @@ def run(argv: Sequence[str]) -> int:
     """Print each prompt with what the model adds to it; the exit status."""
     prompts, rest = _take_prompts(argv)
     options = parse_options("dsv3 generate", rest, "Text from a trained model, prompt included.", Options)
+    prompts = [_checked(text) for text in prompts]
     # JAX and all above it take seconds to import: mistakes on the command line are told before.
     from dsv3_jax.checkpoint import CheckpointError
     from dsv3_jax.inference import generate_text, load_run
@@ -54,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
     except CheckpointError as error:
         print(f"dsv3: error: {error}", file=sys.stderr)
         return FAILURE
-    prompts = [_checked(text) for text in prompts] or [_read_stdin()]
+    prompts = prompts or [_read_stdin()]
     precision = config.train.precision if options.precision == "run" else options.precision
     written = generate_text(
         model,

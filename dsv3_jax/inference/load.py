@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from dsv3_jax.checkpoint import best_checkpoint, list_checkpoints, restore
+from dsv3_jax.checkpoint import best_checkpoint, list_checkpoints, restore, verify
 from dsv3_jax.config import Config, ConfigError, load_config
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.model import DeepSeekV3, abstract_model, merge_model, split_model
@@ -34,7 +34,11 @@ def load_run(path: str | Path, *, step: int | None = None, weights: Weights = "p
         CheckpointError: the checkpoint is damaged.
     """
     chosen = _choose(Path(path), step, weights)
-    config = load_config(chosen / "config.toml")
+    try:
+        config = load_config(chosen / "config.toml")
+    except ConfigError:
+        verify(chosen)  # names the damage, where that is the cause
+        raise
     if weights == "ema" and not config.train.ema_decay:
         raise ConfigError(f"weights = 'ema': {path} keeps no moving average (train.ema_decay = 0); choose 'params'")
     name = "ema" if weights == "ema" else "params"

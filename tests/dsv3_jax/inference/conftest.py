@@ -3,8 +3,21 @@
 JAX is imported within the fixtures: pytest reads this file before tests/conftest.py has set the devices.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """These programs run for milliseconds: half the compile time is worth more than their speed."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +78,50 @@ def drawn_model(drawn_parts):
     from dsv3_jax.model import merge_model
 
     return lambda config, seed=0: merge_model(*drawn_parts(config, seed))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A trained tokenizer of nearly no merges."""
+    from dsv3_jax.data.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
+
+    return train_tokenizer(["def add(a, b):\n    return a + b\n"] * 4, SMALLEST_VOCABULARY + 8)
+
+
+@pytest.fixture(scope="session")
+def run_config(toy):
+    """``(train, **model changes) -> Config``"""
+    from dsv3_jax.config import Config, replace
+
+    def make(train=None, **changes):
+        config = dataclasses.replace(Config(), name="toy", model=toy(vocab_size=300, **changes))
+        return replace(config, train={"seq_len": 16} | (train or {}))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def saved_run(drawn_parts):
+    """``(folder, config, tokenizer, ema=False) -> folder`` of a run with checkpoints of steps 10, 20 and 30, each with
+    weights drawn from its step; 20 has the best validation."""
+    import jax.numpy as jnp
+
+    from dsv3_jax.checkpoint import CheckpointWriter
+    from dsv3_jax.config import to_toml
+    from dsv3_jax.train.state import TrainState
+
+    def make(folder, config, tokenizer, ema=False):
+        folder.mkdir()
+        (folder / "config.toml").write_text(to_toml(config))
+        tokenizer.save(folder / "tokenizer.json")
+        with CheckpointWriter(
+            folder / "checkpoints", keep=9, config_toml=to_toml(config), tokenizer_json=folder / "tokenizer.json"
+        ) as writer:
+            for step, val_bpb in ((10, 3.0), (20, 2.0), (30, None)):
+                _, params, router_bias = drawn_parts(config.model, step)
+                average = drawn_parts(config.model, step + 1).params if ema else None
+                state = TrainState(params, router_bias, (params,), average, jnp.int32(0), step=step, tokens=step * 10)
+                writer.save(state, step=step, tokens=step * 10, data={}, val_bpb=val_bpb)
+        return folder
+
+    return make

@@ -1,0 +1,147 @@
+"""``dsv3 generate`` prints what :func:`generate_text` returns, and mistakes in one line."""
+
+import dataclasses
+import io
+
+import pytest
+
+from dsv3_jax.cli.generate import Options
+from dsv3_jax.cli.main import main
+from dsv3_jax.data.tokenizer import EOS
+from dsv3_jax.inference import generate, generate_text, load_run
+
+PROMPT = "def add("
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, saved_run, run_config, tokenizer):
+    config = run_config(attention="mha", num_hidden_layers=1, n_routed_experts=0)
+    return saved_run(tmp_path_factory.mktemp("runs") / "a", config, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    return load_run(folder)
+
+
+@pytest.fixture
+def command(folder, capsys):
+    """``(words) -> (status, stdout, stderr)``"""
+
+    def call(*words):
+        status = main(["generate", "--checkpoint", str(folder), "--max-new-tokens", "8", *words])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    def put(raw):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw)))
+
+    return put
+
+
+def test_text_is_the_decoded_tokens(run):
+    model, _, tokenizer = run
+    (new,) = generate(model, tokenizer.encode(PROMPT), max_new_tokens=8, form="absorbed")
+    assert generate_text(model, tokenizer, PROMPT, max_new_tokens=8) == [tokenizer.decode(new)]
+    assert 0 < len(new) <= 8
+
+
+def test_an_empty_text_starts_a_document_behind_the_border_of_training(run):
+    model, _, tokenizer = run
+    (new,) = generate(model, [tokenizer.eos_id], max_new_tokens=8)
+    assert generate_text(model, tokenizer, "", max_new_tokens=8) == [tokenizer.decode(new)]
+
+
+def test_special_tokens_count_only_where_asked_for(run):
+    model, _, tokenizer = run
+    expected = generate_text(model, tokenizer, "", max_new_tokens=8)
+    assert generate_text(model, tokenizer, EOS, max_new_tokens=8, parse_special=True) == expected
+    assert generate_text(model, tokenizer, "|", max_new_tokens=8) != expected
+
+
+def test_the_prompt_and_what_follows_it_are_printed(command, run):
+    (new,) = generate_text(run.model, run.tokenizer, PROMPT, max_new_tokens=8)
+    assert command("--prompt", PROMPT) == (0, PROMPT + new + "\n", "")
+
+
+def test_several_prompts_are_printed_in_order(command, run):
+    texts = [PROMPT, "--x"]
+    first, second = generate_text(run.model, run.tokenizer, texts, max_new_tokens=8)
+    expected = f"--- 0 ---\n{texts[0]}{first}\n--- 1 ---\n{texts[1]}{second}\n"
+    assert command("--prompt", PROMPT, "--form", "naive", "--prompt=--x") == (0, expected, "")
+
+
+def test_without_a_prompt_standard_input_is_read(command, run, stdin):
+    stdin(PROMPT.encode() + b"\n")
+    (new,) = generate_text(run.model, run.tokenizer, PROMPT, max_new_tokens=8)
+    assert command() == (0, PROMPT + new + "\n", "")
+
+
+def test_settings_reach_the_sampler_and_the_checkpoint(command, run):
+    _, greedy, _ = command("--prompt", PROMPT)
+    hot = ["--prompt", PROMPT, "--temperature", "2"]
+    status, drawn, _ = command(*hot, "--seed", "1")
+    assert status == 0
+    assert command(*hot, "--seed", "1")[1] == drawn
+    assert len({greedy, drawn, command(*hot, "--seed", "2")[1]}) == 3
+    assert command(*hot, "--top-p", "1e-6")[1] == greedy
+    assert command("--prompt", PROMPT, "--step", "10")[1] != greedy
+    assert command("--prompt", PROMPT, "--weights", "best")[1] == command("--prompt", PROMPT, "--step", "20")[1]
+
+
+def test_bfloat16_is_an_option(command, run):
+    (new,) = generate_text(run.model, run.tokenizer, PROMPT, max_new_tokens=8, dtype="bfloat16")
+    assert command("--prompt", PROMPT, "--precision", "bf16") == (0, PROMPT + new + "\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--prompt", "a", "--step", "11"], "step = 11"),
+        (["--prompt", "a" * 40], "max_position_embeddings = 32"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature = -1"),
+        (["--prompt", "a", "--form", "fused"], "--form = 'fused'"),
+        (["--prompt"], "--prompt needs a value"),
+        (["--prompt", "a\udcff"], "not UTF-8"),
+        (["--promt", "a"], "did you mean '--prompt'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(command, words, told):
+    status, out, err = command(*words)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert told in err
+
+
+def test_binary_standard_input_is_a_mistake(command, stdin):
+    stdin(b"\xff\xfe\x00")
+    status, _, err = command()
+    assert status == 2
+    assert "standard input is not UTF-8" in err
+
+
+def test_a_missing_folder_is_one_line_and_status_2(capsys, tmp_path):
+    assert main(["generate", "--checkpoint", str(tmp_path / "none"), "--prompt", "a"]) == 2
+    assert main(["generate", "--prompt", "a"]) == 2
+    missing, unnamed = capsys.readouterr().err.splitlines()
+    assert "none does not exist" in missing
+    assert "--checkpoint is missing" in unnamed
+
+
+def test_a_damaged_checkpoint_is_one_line_and_status_1(tmp_path, saved_run, run, tokenizer, capsys):
+    broken = saved_run(tmp_path / "broken", run.config, tokenizer)
+    (broken / "checkpoints" / "30" / "config.toml").unlink()
+    assert main(["generate", "--checkpoint", str(broken), "--prompt", "a"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "30 is damaged: config.toml is missing" in line
+
+
+def test_help_names_every_option(capsys):
+    assert main(["generate", "--help"]) == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(Options):
+        assert "--" + field.name.replace("_", "-") in text
