@@ -1,4 +1,4 @@
-"""Generation: one compiled program fills the cache from the prompts, then adds a token a turn to every sequence.
+"""Generation: one compiled program reads the prompts into the cache, another adds a token a turn to every sequence.
 
 Slot ``s`` of the cache is position ``s``, and prompts are padded on the right. What padding leaves in a slot is
 overwritten before any query may see it, and every row of a batch is computed by itself (routing drops nothing), so a
