@@ -135,6 +135,9 @@ def restore(path: Path, abstract: Any, *, partial: bool = False) -> Any:
 class CheckpointWriter:
     """Saves into ``folder`` in the background, one save at a time; keeps the newest ``keep`` and the best.
 
+    A save deletes only what was too old before it: whether its state is good shows in the steps after it. Leaving
+    brings the number down to ``keep``.
+
     Use as a context manager: leaving it waits for the last save, unless by KeyboardInterrupt. Every process of a run
     makes one; process 0 writes what is not an array and decides what is kept.
     """
@@ -163,6 +166,8 @@ class CheckpointWriter:
         try:
             if exception[1] is None:
                 self.wait()
+                if self._primary:
+                    self._prune()
             else:
                 with contextlib.suppress(CheckpointError):
                     self.wait()
@@ -239,9 +244,9 @@ class CheckpointWriter:
             _write_synced(
                 partial / "manifest.json", json.dumps({"arrays": shapes, "files": _inventory(partial)}, indent=1)
             )
+            self._prune()
             partial.rename(final)
             _sync_folder(self.folder)
-            self._prune()
         except Exception as error:  # a thread's failure is raised by the caller's next call
             self._failure = self._failed(step, partial, error)
 

@@ -16,7 +16,14 @@ from jax.experimental import multihost_utils
 from jaxtyping import Float, Int32, Int64
 from rich.console import Console
 
-from dsv3_jax.checkpoint import CheckpointWriter, newest_checkpoint, read_info, restore
+from dsv3_jax.checkpoint import (
+    CheckpointError,
+    CheckpointWriter,
+    list_checkpoints,
+    newest_checkpoint,
+    read_info,
+    restore,
+)
 from dsv3_jax.config import Config, ConfigError, to_toml
 from dsv3_jax.data import Data, RowStream, Tokenizer, merge_states, prepare_data
 from dsv3_jax.data.baselines import predicted_bytes
@@ -259,11 +266,19 @@ class _Session:
                 raise RunError(self._diverged(record))
 
     def _diverged(self, record: Record) -> str:
-        newest = newest_checkpoint(self.out / "checkpoints")
-        good = f"the last good checkpoint is {newest}" if newest else "no checkpoint was saved before"
+        """The last good checkpoint is one from which a finite step was made: older than the last finite step."""
+        with contextlib.suppress(CheckpointError):
+            self.writer.wait()
+        last_finite = record["step"] - record["nonfinite"]
+        found = list_checkpoints(self.out / "checkpoints")
+        good = [path for path in found if int(path.name) < last_finite]
+        bad = [path.name for path in found if int(path.name) >= last_finite]
+        told = f"the last good checkpoint is {good[-1]}" if good else "no good checkpoint was saved before"
+        if bad:
+            told += f"; delete {', '.join(bad)} beside it, whose weights lead to this"
         return (
-            f"step {record['step']}: loss or gradient was not finite {record['nonfinite']} steps in a row; {good}; "
-            f"go on from it in another --out with --train.init-from {self.out} and a lower --optim.learning-rate (now "
+            f"step {record['step']}: loss or gradient was not finite {record['nonfinite']} steps in a row; {told}; "
+            f"go on in another --out with --train.init-from {self.out} and a lower --optim.learning-rate (now "
             f"{self.config.optim.learning_rate:g})"
         )
 

@@ -137,6 +137,10 @@ def test_the_newest_and_the_best_by_validation_are_kept(tmp_path):
     with _writer(tmp_path, keep=2) as writer:
         for step, score in scores.items():
             writer.save({"a": jnp.ones(3)}, step=step, tokens=step, data={}, val_bpb=score)
+            if step == 4:
+                writer.wait()
+                # 1 made room for 3: a save leaves one more than is kept until the next one or the end.
+                assert _steps(tmp_path) == [2, 3, 4]
     assert _steps(tmp_path) == [2, 4, 5]
     best = best_checkpoint(tmp_path)
     assert best is not None

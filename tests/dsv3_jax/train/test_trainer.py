@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -301,20 +302,40 @@ def test_a_full_disk_stops_the_run_with_one_line_and_the_run_goes_on_with_more_r
 
 
 def test_non_finite_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(config, tmp_path):
-    # Step 6 has so high a rate that the weights after it, and with them every loss, leave the numbers.
+    # Step 6 has so high a rate that the weights after it, and with them every gradient, leave the numbers.
     schedule = (Segment(4 * 64.0 + 1, 1.0), Segment(math.inf, 1e36))
-    wild = replace(config, optim={"schedule": schedule}, train={"checkpoint_every": 2, "max_nonfinite_steps": 3})
+    limits = {"checkpoint_every": 2, "max_nonfinite_steps": 3, "keep_checkpoints": 1, "eval_every": 100}
+    wild = replace(config, optim={"schedule": schedule}, train=limits)
     console = Console(file=io.StringIO(), width=500)
     with pytest.raises(RunError) as caught:
         train(wild, tmp_path / "run", console=console)
     told = str(caught.value)
+    good = tmp_path / "run" / "checkpoints" / "4"
     assert told.startswith("step 9: loss or gradient was not finite 3 steps in a row; the last good checkpoint is ")
-    assert str(tmp_path / "run" / "checkpoints" / "4") in told
+    assert f"is {good}; delete 6 beside it, whose weights lead to this; go on in another --out with" in told
     assert "\n" not in told
-    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["2", "4"]
+    assert good.is_dir()
     printed = console.file.getvalue()
-    assert "step 6: not saved" in printed
-    assert "skipped" in printed
+    assert "step 8: not saved" in printed
+    assert "skipped 4" in printed
+
+
+def test_weights_that_give_no_finite_loss_are_not_saved(config, tmp_path, monkeypatch):
+    ruin = functools.partial(jax.tree.map, lambda leaf: leaf * np.nan)
+    make = trainer.make_train_step
+
+    def broken(config, mesh):
+        def step(state, rows):
+            state, metrics = make(config, mesh)(state, rows)
+            return (dataclasses.replace(state, params=ruin(state.params)) if state.step == 6 else state), metrics
+
+        return step
+
+    monkeypatch.setattr(trainer, "make_train_step", broken)
+    run, printed = _train(replace(config, train={"checkpoint_every": 3}), tmp_path / "run", stop_after=6)
+    assert [path.name for path in list_checkpoints(run.out / "checkpoints")] == ["3"]
+    assert "step 6: not saved, its loss or gradient is not finite" in printed
+    assert "goes on from step 3" in printed
 
 
 def test_a_new_run_can_start_from_the_weights_of_another(config, reference, tmp_path):
@@ -329,7 +350,7 @@ def test_a_new_run_can_start_from_the_weights_of_another(config, reference, tmp_
 
 def test_the_run_gives_back_its_model(reference):
     run = reference[0]
-    logits = run.model()(np.zeros((1, 3), np.int32))
+    logits = run.model()(jnp.zeros((1, 3), jnp.int32))
     assert logits.shape == (1, 3, 300)
 
 
