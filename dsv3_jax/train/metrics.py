@@ -41,7 +41,8 @@ class MetricsQueue:
         self._log_every = log_every
         self._waiting: list[tuple[Record, dict[str, Any]]] = []
         self._clock: float | None = None
-        self._paused = 0.0
+        self._tokens = 0
+        self._speed: float | None = None
 
     def push(self, metrics: Mapping[str, Any], consumed: int, **measured: float) -> None:
         """Keep a step's metrics for later.
@@ -51,19 +52,21 @@ class MetricsQueue:
             consumed: tokens of this step.
             measured: host numbers of this step, such as ``val_bpb``.
         """
-        record = {key: metrics[key] for key in _HOST_KEYS} | {"consumed": consumed, "measured": measured}
+        record: Record = {key: metrics[key] for key in _HOST_KEYS} | {"measured": measured}
         arrays = {key: metrics[key] for key in _DEVICE_KEYS if key in metrics}
         if record["step"] % self._log_every == 0 and "expert_load" in metrics:
             arrays["expert_load"] = metrics["expert_load"]
         self._waiting.append((record, arrays))
+        self._tokens += consumed
 
     def start_clock(self) -> None:
-        """Begin to count time towards tokens per second: after compilation."""
-        self._clock, self._paused = time.perf_counter(), 0.0
+        """Begin to count tokens per second: after the step that compiled."""
+        self._clock, self._tokens = time.perf_counter(), 0
 
     def pause(self, seconds: float) -> None:
         """Leave ``seconds`` just spent, on validation or on a checkpoint, out of tokens per second."""
-        self._paused += seconds
+        if self._clock is not None:
+            self._clock += seconds
 
     def drain(self, lag: int = LAG) -> list[Record]:
         """All but the newest ``lag`` steps as records; a value that is not finite is None, as JSON has no NaN."""
@@ -72,14 +75,15 @@ class MetricsQueue:
         if not ready:
             return []
         fetched = jax.device_get([arrays for _, arrays in ready])
-        speed = self._speed(sum(record["consumed"] for record, _ in ready))
-        return [self._record(record, values, speed) for (record, _), values in zip(ready, fetched, strict=True)]
+        self._measure()
+        return [self._record(record, values, self._speed) for (record, _), values in zip(ready, fetched, strict=True)]
 
-    def _speed(self, tokens: int) -> float | None:
+    def _measure(self) -> None:
+        """Tokens of the steps begun since the last reading, over the time since: the device is at most a few behind."""
         now = time.perf_counter()
-        seconds = now - self._clock - self._paused if self._clock is not None else 0.0
-        self._clock, self._paused = now, 0.0
-        return round(tokens / seconds, 1) if seconds > 0 else None
+        if self._clock is not None and self._tokens and now > self._clock:
+            self._speed = round(self._tokens / (now - self._clock), 1)
+            self._clock, self._tokens = now, 0
 
     @staticmethod
     def _record(record: Record, values: Mapping[str, Any], speed: float | None) -> Record:

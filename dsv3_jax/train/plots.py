@@ -157,13 +157,15 @@ def _load_figure(
 ) -> Figure:
     """On the left the mean of the last tenth, router by expert; on the right each router's experts over time."""
     count, experts = loads.shape[1:]
-    late = loads[-max(1, len(loads) // 10) :].mean(axis=0)
+    last = max(1, len(loads) // 10)
+    late = loads[-last:].mean(axis=0)
+    when = f"at step {steps[-1]}" if last == 1 else f"mean of steps {steps[-last]} to {steps[-1]}"
     norm = _load_norm(float(np.quantile(loads, 0.995)))
     height = 1.8 + min(0.42 * count, 8)
     figure = Figure(figsize=(11, max(3.6, height)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
     image = left.imshow(late, aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest")
-    left.set_title(f"Load by expert, mean of the last {max(1, len(loads) // 10)} readings")
+    left.set_title(f"Load by expert, {when}")
     left.set_xlabel("expert")
     if late.size <= 160:
         for (i, j), value in np.ndenumerate(late):
@@ -205,7 +207,7 @@ def _router_ticks(axes: Axes, routers: Sequence[str], count: int) -> None:
 def _violation_figure(
     records: Sequence[Mapping[str, Any]], steps: np.ndarray, loads: np.ndarray, routers: Sequence[str]
 ) -> Figure:
-    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
     axes = figure.subplots()
     if loads.size:
         colors = mpl.colormaps["viridis"](np.linspace(0.1, 0.9, loads.shape[1]))
@@ -218,5 +220,5 @@ def _violation_figure(
     axes.set_ylabel("(max load - mean load) / mean load")
     axes.set_ylim(bottom=0)
     _steps_axis(axes, records[-1]["step"])
-    axes.legend(ncols=2)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure

@@ -1,12 +1,14 @@
-"""What a person sees of a run: a live line on a terminal, plain lines at log points elsewhere."""
+"""What a person sees of a run: two live lines on a terminal, plain lines at log points elsewhere."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from dsv3_jax.config import Config
@@ -18,7 +20,7 @@ class RunProgress:
     """Shows a run's steps. Use as a context manager.
 
     Args:
-        console: where to; a terminal gets one line that renews itself, anything else plain lines.
+        console: where to; a terminal gets two lines that renew themselves, anything else plain lines.
         config: the run's.
         total_steps: where it ends.
         done_steps: where it begins.
@@ -26,27 +28,31 @@ class RunProgress:
 
     def __init__(self, console: Console, config: Config, total_steps: int, done_steps: int):
         self.console = console
-        self._total = total_steps
-        self._first = self._last = done_steps
+        self._total, self._done = total_steps, done_steps
         self._flops = flops_per_token(config.model, config.train.seq_len, mtp=True)
         self._peak = _peak_of_all(config)
         self._val: float | None = None
         self._skipped = 0
-        self._seconds_per_step: float | None = None
-        self._bar: Progress | None = None
+        self._seconds_left: float | None = None
+        self._line = ""
+        self._live: Live | None = None
         if console.is_terminal:
-            columns = (SpinnerColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, console=console, transient=True)
-            self._task = self._bar.add_task("", total=total_steps, completed=done_steps)
+            self._live = Live(get_renderable=self._picture, console=console, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> "RunProgress":
-        if self._bar is not None:
-            self._bar.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
+
+    def _picture(self) -> Group:
+        bar = Table.grid(padding=(0, 1))
+        left = "" if self._seconds_left is None else f"{_duration(self._seconds_left)} left"
+        bar.add_row(ProgressBar(self._total, self._done, width=40), f"{self._done}/{self._total}", left)
+        return Group(bar, Text(self._line, no_wrap=True, overflow="ellipsis"))
 
     def say(self, line: str) -> None:
         """One line that stays."""
@@ -54,15 +60,14 @@ class RunProgress:
 
     def status(self, line: str) -> None:
         """What is going on now, such as compilation: on a terminal until the next step shows, else a line."""
-        if self._bar is not None:
-            self._bar.update(self._task, description=line)
-        else:
+        self._line = line
+        if self._live is None:
             self.say(line)
 
     def validation(self, step: int, val_bpb: float) -> None:
         """A validation result."""
         self._val = val_bpb
-        if self._bar is not None:
+        if self._live is not None:
             self.say(f"step {step}: validation {val_bpb:.4f} bits per byte")
 
     def update(self, records: list[dict[str, Any]]) -> None:
@@ -71,20 +76,17 @@ class RunProgress:
             return
         last = records[-1]
         self._skipped += sum(record["skipped"] for record in records)
-        if last["tokens_per_second"]:
-            tokens = records[-1]["tokens"] - records[0]["tokens"]
-            if len(records) > 1:
-                self._seconds_per_step = tokens / (len(records) - 1) / last["tokens_per_second"]
-        line = self.describe(last)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=last["step"], description=line)
-        else:
-            self.say(line)
+        if last["tokens_per_second"] and len(records) > 1:
+            tokens_per_step = (last["tokens"] - records[0]["tokens"]) / (len(records) - 1)
+            self._seconds_left = (self._total - last["step"]) * tokens_per_step / last["tokens_per_second"]
+        self._done, self._line = last["step"], self.describe(last)
+        if self._live is None:
+            left = "" if self._seconds_left is None else f"  {_duration(self._seconds_left)} left"
+            self.say(f"step {self._done}/{self._total}  {self._line}{left}")
 
     def describe(self, record: Mapping[str, Any]) -> str:
         """One step in a line: what is not measured or not known is left out."""
-        parts = [f"step {record['step']}/{self._total}", f"loss {_number(record['loss'], '.4f')}"]
-        parts.append(f"lr {record['lr']:.2e}")
+        parts = [f"loss {_number(record['loss'], '.4f')}", f"lr {record['lr']:.2e}"]
         speed = record["tokens_per_second"]
         if speed:
             parts.append(f"{_short(speed)} tokens/s")
@@ -96,8 +98,6 @@ class RunProgress:
             parts.append(f"val {self._val:.3f} bpb")
         if self._skipped:
             parts.append(f"skipped {self._skipped}")
-        if self._seconds_per_step is not None:
-            parts.append(f"{_duration((self._total - record['step']) * self._seconds_per_step)} left")
         return "  ".join(parts)
 
 

@@ -220,12 +220,13 @@ class _Session:
             step = self.state.step
             if compiling:
                 jax.block_until_ready(metrics["loss"])
-                self.queue.start_clock()
             measured = {}
             self.val_bpb = None
             if len(self.val_rows) and (step % train.eval_every == 0 or step == self.total):
                 self.val_bpb = measured["val_bpb"] = self._validate()
             self.queue.push(metrics, self.state.tokens - before, **measured)
+            if compiling:
+                self.queue.start_clock()
             if step % train.log_every == 0:
                 self._drain(LAG)
                 self.writer.raise_if_failed()
@@ -245,6 +246,7 @@ class _Session:
         return bool(np.any(multihost_utils.process_allgather(np.array(self.stop.asked))))
 
     def _validate(self) -> float:
+        jax.block_until_ready(self.state.params)
         began = time.perf_counter()
         nats, _ = self.eval_step(self.state, self.val_rows)
         bits = nats / math.log(2) / predicted_bytes(self.data.validation_rows, self.data.tokenizer)

@@ -75,16 +75,20 @@ def test_the_newest_steps_stay_unread_until_they_are_asked_for():
     assert [record["step"] for record in queue.drain(0)] == [4, 5]
 
 
-def test_tokens_per_second_leaves_out_what_was_paused(monkeypatch):
+def test_tokens_per_second_counts_steps_begun_and_leaves_out_what_was_paused(monkeypatch):
     clock = [10.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     queue = MetricsQueue(log_every=1)
     queue.push(_step(1), 100)
-    assert queue.drain(0)[0]["tokens_per_second"] is None
-    queue.push(_step(2), 100)
-    clock[0] += 5.0
+    queue.start_clock()
+    clock[0] += 1.0
+    assert [record["tokens_per_second"] for record in queue.drain(0)] == [None]
+    for step in range(2, 6):
+        queue.push(_step(step), 100)
+    clock[0] += 4.0
     queue.pause(3.0)
-    assert queue.drain(0)[0]["tokens_per_second"] == 50.0
+    assert [record["tokens_per_second"] for record in queue.drain(2)] == [200.0] * 2
+    assert [record["tokens_per_second"] for record in queue.drain(0)] == [200.0] * 2
 
 
 def test_a_value_that_is_not_finite_is_null_and_counted(tmp_path):
