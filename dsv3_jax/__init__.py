@@ -1,0 +1,78 @@
+"""DeepSeek-V3 / R1 in JAX and Flax: the model, its training and its generation, on Hopper pods and on a laptop CPU.
+
+>>> import dsv3_jax as ds
+>>> config = ds.load_config("tiny")
+>>> model = ds.DeepSeekV3(config.model, rngs=nnx.Rngs(0))
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsv3_jax.config import Config, ConfigError, load_config, preset_names, replace
+    from dsv3_jax.data import prepare_data
+    from dsv3_jax.inference.generate import generate, generate_text
+    from dsv3_jax.inference.load import load_run
+    from dsv3_jax.model import DeepSeekV3, abstract_model
+    from dsv3_jax.planning import count_parameters, flops_per_token
+    from dsv3_jax.train.state import init_state, model_of
+    from dsv3_jax.train.step import make_eval_step, make_train_step
+    from dsv3_jax.train.trainer import Run, train
+
+# Where each public name lives. They are imported when first used: `dsv3 --help` needs no JAX.
+_HOMES = {
+    "Config": "config",
+    "ConfigError": "config",
+    "DeepSeekV3": "model",
+    "Run": "train.trainer",
+    "abstract_model": "model",
+    "count_parameters": "planning",
+    "flops_per_token": "planning",
+    "generate": "inference.generate",
+    "generate_text": "inference.generate",
+    "init_state": "train.state",
+    "load_config": "config",
+    "load_run": "inference.load",
+    "make_eval_step": "train.step",
+    "make_train_step": "train.step",
+    "model_of": "train.state",
+    "prepare_data": "data",
+    "preset_names": "config",
+    "replace": "config",
+}
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DeepSeekV3",
+    "Run",
+    "abstract_model",
+    "count_parameters",
+    "flops_per_token",
+    "generate",
+    "generate_text",
+    "init_state",
+    "load_config",
+    "load_run",
+    "make_eval_step",
+    "make_train_step",
+    "model_of",
+    "prepare_data",
+    "preset_names",
+    "replace",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":  # The package of that name is callable: see its docstring.
+        return importlib.import_module("dsv3_jax.train")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dsv3_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"dsv3_jax.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -115,9 +115,7 @@ class DeepSeekV3(nnx.Module):
         for depth, module in enumerate(self.mtp, start=1):
             ahead = self.embedding(tokens[:, depth:], dtype)
             length = ahead.shape[1]
-            below, normed, aux = module(
-                below[:, :length], ahead, positions[:, :length], balance=balance, remat=remat
-            )
+            below, normed, aux = module(below[:, :length], ahead, positions[:, :length], balance=balance, remat=remat)
             states.append(normed)
             records.append(jax.tree.map(lambda leaf: leaf[None], aux))
         return Hidden(main, states, concatenate_aux(records))
@@ -137,7 +135,9 @@ def split_model(model: DeepSeekV3) -> Parts:
     return Parts(graph, nnx.to_pure_dict(params), nnx.to_pure_dict(bias))
 
 
-def merge_model(graph: nnx.GraphDef[DeepSeekV3], params: Mapping[str, Any], router_bias: Mapping[str, Any]) -> DeepSeekV3:
+def merge_model(
+    graph: nnx.GraphDef[DeepSeekV3], params: Mapping[str, Any], router_bias: Mapping[str, Any]
+) -> DeepSeekV3:
     """The model of :func:`split_model`'s parts; works under transformations."""
     return nnx.merge(graph, nnx.State(dict(params)), nnx.State(dict(router_bias)))
 

@@ -30,7 +30,8 @@ def run(argv: Sequence[str]) -> int:
     if not words:
         raise ConfigError("name what to measure, as in `dsv3 bench train bench_3b`")
     description = "Time the training step on random tokens: compile seconds, median step, tokens/s, FLOP/s, memory."
-    config, options = parse_config("dsv3 bench train", words[1:] if words[0] == "train" else words, description, Options)
+    rest = words[1:] if words[0] == "train" else words
+    config, options = parse_config("dsv3 bench train", rest, description, Options)
     if options.steps < 1 or options.warmup < 1:
         raise ConfigError(f"--steps = {options.steps} and --warmup = {options.warmup} must be at least 1")
     from dsv3_jax.train.bench import bench_step
@@ -65,6 +66,10 @@ def _print_table(facts: dict[str, object]) -> None:
 def _text(value: object) -> str:
     if value is None:
         return "not known"
-    return f"{value:,.4g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}" if isinstance(
-        value, int | float
-    ) else str(value)
+    return (
+        f"{value:,.4g}"
+        if isinstance(value, float) and abs(value) < 1000
+        else f"{value:,.0f}"
+        if isinstance(value, int | float)
+        else str(value)
+    )

@@ -26,9 +26,7 @@ _SAVED = ("latent", "attention", "residual", "gate_up")
 class Block(nnx.Module):
     """``h + attention(norm(h))``, then ``h + ffn(norm(h))`` (spec 3)."""
 
-    def __init__(
-        self, config: ModelConfig, *, moe: bool, rngs: nnx.Rngs, router: Callable[..., nnx.Module] = Router
-    ):
+    def __init__(self, config: ModelConfig, *, moe: bool, rngs: nnx.Rngs, router: Callable[..., nnx.Module] = Router):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = (MLA if config.attention == "mla" else MHA)(config, rngs=rngs)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -24,4 +24,5 @@ class FeedForward(nnx.Module):
         self.down = Linear(config, width, config.hidden_size, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        """``down(silu(gate(x)) * up(x))``."""
         return self.down(swiglu(checkpoint_name(self.gate_up(x), "gate_up")))

@@ -11,11 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-
-
-def _precision(dtype: jnp.dtype) -> lax.Precision:
-    """Float32 means float32: GPUs would otherwise take TF32."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+from pallas_kernels.precision import matmul_precision
 
 
 @jax.custom_vjp
@@ -25,7 +21,7 @@ def matmul(x: Float[Array, "*rows in_"], w: Float[Array, "in_ out"]) -> Float[Ar
     The weight's gradient is accumulated and returned in the weight's own dtype (float32 masters), never rounded
     through the activations' dtype (spec 3.3.3 of the V3 report as restated in spec 11.2).
     """
-    return jnp.matmul(x, w.astype(x.dtype), precision=_precision(x.dtype))
+    return jnp.matmul(x, w.astype(x.dtype), precision=matmul_precision(x.dtype))
 
 
 def _matmul_fwd(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -34,7 +30,7 @@ def _matmul_fwd(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array,
 
 def _matmul_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = residuals
-    precision = _precision(x.dtype)
+    precision = matmul_precision(x.dtype)
     dx = jnp.matmul(dy, w.astype(dy.dtype).T, precision=precision)
     rows = tuple(range(x.ndim - 1))
     dw = lax.dot_general(x, dy, ((rows, rows), ((), ())), precision=precision, preferred_element_type=jnp.float32)
@@ -80,6 +76,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init_weight(config, rngs, size_in, size_out))
 
     def __call__(self, x: Float[Array, "*rows in_"]) -> Float[Array, "*rows out"]:
+        """The product, in x's dtype."""
         return matmul(x, self.kernel[...])
 
 
@@ -90,4 +87,5 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(init_weight(config, rngs, config.vocab_size, config.hidden_size))
 
     def __call__(self, tokens: Int[Array, "*rows"], dtype: DTypeLike) -> Float[Array, "*rows D"]:
+        """The tokens' rows of the table, in ``dtype``."""
         return self.table[...][tokens].astype(dtype)

@@ -1,5 +1,7 @@
 """Multi-head and grouped-query attention of the dense DeepSeek LLM and DeepSeekMoE-16B (spec 1.5, 29.4)."""
 
+import functools
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -11,6 +13,7 @@ from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.mla import AttentionForm
 from dsv3_jax.nn.rope import rotate, rotation, softmax_scale
 from pallas_kernels.attention import causal_attention
+from pallas_kernels.precision import matmul_precision
 
 
 class MHA(nnx.Module):
@@ -33,7 +36,7 @@ class MHA(nnx.Module):
         cache: LayerCache | None = None,
         form: AttentionForm = "naive",
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Causal attention within x, or over ``cache`` and x. There is nothing to absorb: ``form`` makes no difference."""
+        """Causal attention within x, or over ``cache`` and x. Nothing is there to absorb: ``form`` changes nothing."""
         del form
         config, cos_sin = self.config, rotation(self.config, positions)
         heads = (*x.shape[:2], -1, config.head_dim)
@@ -51,8 +54,9 @@ class MHA(nnx.Module):
     def _attend(
         self, q_BTNH: Float[Array, "B T N H"], cache: LayerCache, positions: Int[Array, "B T"]
     ) -> Float[Array, "B T N H"]:
+        einsum = functools.partial(jnp.einsum, precision=matmul_precision(q_BTNH.dtype))
         repeats = self.config.num_attention_heads // self.config.num_key_value_heads
         k_BSNH, v_BSNH = (jnp.repeat(kept.astype(q_BTNH.dtype), repeats, axis=2) for kept in cache)
-        scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=jnp.float32) * self.scale
+        scores_BNTS = einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=jnp.float32) * self.scale
         p_BNTS = masked_softmax(scores_BNTS, visible(positions, k_BSNH.shape[1])).astype(q_BTNH.dtype)
-        return jnp.einsum("bnts,bsnh->btnh", p_BNTS, v_BSNH)
+        return einsum("bnts,bsnh->btnh", p_BNTS, v_BSNH)

@@ -1,5 +1,6 @@
 """Multi-head latent attention (V3 eqs 1-11, spec 4): naive form for training and prefill, absorbed form for decode."""
 
+import functools
 from typing import Literal
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.norm import RMSNorm
 from dsv3_jax.nn.rope import rotate, rotation, softmax_scale
 from pallas_kernels.attention import causal_attention
+from pallas_kernels.precision import matmul_precision
 
 AttentionForm = Literal["naive", "absorbed"]
 
@@ -36,7 +38,8 @@ class MLA(nnx.Module):
         self.q_up = Linear(config, query_input, heads * config.qk_head_dim, rngs=rngs)
         self.kv_down = Linear(config, config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, rngs=rngs)
         self.kv_norm = RMSNorm(config.kv_lora_rank, eps)
-        self.kv_up = Linear(config, config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), rngs=rngs)
+        kv_width = config.qk_nope_head_dim + config.v_head_dim
+        self.kv_up = Linear(config, config.kv_lora_rank, heads * kv_width, rngs=rngs)
         self.out = Linear(config, heads * config.v_head_dim, config.hidden_size, rngs=rngs)
 
     def queries(
@@ -95,23 +98,25 @@ class MLA(nnx.Module):
     def _attend_naive(
         self, q_BTNU: Array, q_BTNR: Array, cache: LayerCache, positions: Int[Array, "B T"]
     ) -> Float[Array, "B T N W"]:
+        einsum = functools.partial(jnp.einsum, precision=matmul_precision(q_BTNU.dtype))
         k_BSNH, v_BSNW = self.expand(cache.first.astype(q_BTNU.dtype), cache.second.astype(q_BTNU.dtype))
         q_BTNH = jnp.concatenate([q_BTNU, q_BTNR], axis=-1)
-        scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=jnp.float32) * self.scale
+        scores_BNTS = einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=jnp.float32) * self.scale
         p_BNTS = masked_softmax(scores_BNTS, visible(positions, k_BSNH.shape[1])).astype(v_BSNW.dtype)
-        return jnp.einsum("bnts,bsnw->btnw", p_BNTS, v_BSNW)
+        return einsum("bnts,bsnw->btnw", p_BNTS, v_BSNW)
 
     def _attend_absorbed(
         self, q_BTNU: Array, q_BTNR: Array, cache: LayerCache, positions: Int[Array, "B T"]
     ) -> Float[Array, "B T N W"]:
         """Scores against the latents themselves: the up-projections move to the query and the output (spec 4.5)."""
         config, dtype = self.config, q_BTNU.dtype
+        einsum = functools.partial(jnp.einsum, precision=matmul_precision(dtype))
         up_CNX = self.kv_up.kernel[...].astype(dtype).reshape(config.kv_lora_rank, config.num_attention_heads, -1)
         k_up_CNU, v_up_CNW = jnp.split(up_CNX, [config.qk_nope_head_dim], axis=-1)
         ckv_BSC, key_BSR = cache.first.astype(dtype), cache.second.astype(dtype)
-        q_BTNC = jnp.einsum("btnu,cnu->btnc", q_BTNU, k_up_CNU)
-        scores_BNTS = jnp.einsum("btnc,bsc->bnts", q_BTNC, ckv_BSC, preferred_element_type=jnp.float32)
-        scores_BNTS += jnp.einsum("btnr,bsr->bnts", q_BTNR, key_BSR, preferred_element_type=jnp.float32)
+        q_BTNC = einsum("btnu,cnu->btnc", q_BTNU, k_up_CNU)
+        scores_BNTS = einsum("btnc,bsc->bnts", q_BTNC, ckv_BSC, preferred_element_type=jnp.float32)
+        scores_BNTS += einsum("btnr,bsr->bnts", q_BTNR, key_BSR, preferred_element_type=jnp.float32)
         p_BNTS = masked_softmax(scores_BNTS * self.scale, visible(positions, ckv_BSC.shape[1])).astype(dtype)
-        z_BTNC = jnp.einsum("bnts,bsc->btnc", p_BNTS, ckv_BSC)
-        return jnp.einsum("btnc,cnw->btnw", z_BTNC, v_up_CNW)
+        z_BTNC = einsum("bnts,bsc->btnc", p_BNTS, ckv_BSC)
+        return einsum("btnc,cnw->btnw", z_BTNC, v_up_CNW)

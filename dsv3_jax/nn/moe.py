@@ -47,6 +47,7 @@ class MoE(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], balance: BalanceLoss | None = None
     ) -> tuple[Float[Array, "B T D"], MoEAux]:
+        """Shared plus routed experts' output, and the routing record, its loss made by ``balance``."""
         routing = self.router(x)
         out = self.routed(x, routing)
         if self.config.n_shared_experts:
@@ -75,4 +76,4 @@ def block_rows(rows: int, experts: int) -> int:
     most half of an expert's mean load, so that padding stays below the useful work."""
     if jax.default_backend() == "gpu":
         return 128
-    return max(8, min(64, 1 << (rows // (2 * experts)).bit_length() - 1)) if rows >= 2 * experts else 8
+    return max(8, min(128, 1 << (rows // (2 * experts)).bit_length() - 1)) if rows >= 2 * experts else 8

@@ -45,9 +45,7 @@ class MTP(nnx.Module):
         """
         graph, state = nnx.split(self)
 
-        def forward(
-            state: Any, hidden: jax.Array, embedded: jax.Array
-        ) -> tuple[jax.Array, jax.Array, MoEAux | None]:
+        def forward(state: Any, hidden: jax.Array, embedded: jax.Array) -> tuple[jax.Array, jax.Array, MoEAux | None]:
             module = nnx.merge(graph, state)
             parts = [module.embedding_norm(embedded), module.hidden_norm(hidden)]
             if module.config.mtp_concat == "hidden_first":

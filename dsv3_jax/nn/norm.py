@@ -22,4 +22,5 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        """The normalized rows, in x's dtype."""
         return checkpoint_name(rms_norm(x, self.scale[...], self.eps), "norm")

@@ -40,6 +40,7 @@ class Router(nnx.Module):
             self.bias = RouterBias(jnp.zeros((config.n_routed_experts,), jnp.float32))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Routing:
+        """Experts, gate values and affinities of every token."""
         config = self.config
         logits_BTE = jnp.matmul(x.astype(jnp.float32), self.kernel[...], precision=lax.Precision.HIGHEST)
         scores_BTE = jax.nn.sigmoid(logits_BTE) if config.scoring_func == "sigmoid" else jax.nn.softmax(logits_BTE)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv3_jax.config import Config
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.nn.balance import balance_loss
+from pallas_kernels.precision import matmul_precision
 
 
 def cross_entropy(
@@ -36,8 +37,7 @@ def cross_entropy(
 
 
 def _chunk_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    precision = lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return jnp.matmul(hidden, head, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.matmul(hidden, head, precision=matmul_precision(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def _chunk_loss(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -78,7 +78,7 @@ def _chunked_fwd(hidden: jax.Array, head: jax.Array, labels: jax.Array, weights:
 
 def _chunked_bwd(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[Any, ...]:
     d_hidden, d_head = residuals
-    return (d_hidden * g.astype(d_hidden.dtype), d_head * g, None, None)
+    return ((d_hidden * g).astype(d_hidden.dtype), d_head * g, None, None)
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)

@@ -25,8 +25,8 @@ class TrainState:
     """Float32 selection biases, [layers, E] each; empty where routers have none."""
     opt_state: Any
     ema: Tree | None
-    nonfinite: jax.Array
-    """Skipped steps one after another, int32."""
+    nonfinite: Any
+    """Skipped steps one after another, an int32 array (Any, for trees of shapes or shardings take this form too)."""
     step: int = dataclasses.field(metadata={"static": True})
     """Optimizer steps done."""
     tokens: int = dataclasses.field(metadata={"static": True})

@@ -1,13 +1,11 @@
 """The training step: one ``jax.jit`` holding one ``jax.shard_map`` over the whole mesh (design: one device is the mesh
 (1, 1, 1), not a second path), and the evaluation step."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -62,6 +60,7 @@ class TrainStep:
         self.jitted = jax.jit(mapped, donate_argnums=0)
 
     def __call__(self, state: TrainState, rows: Int32[np.ndarray, "n T1"]) -> tuple[TrainState, Metrics]:
+        """One optimizer step."""
         sequences = rows.shape[0] * jax.process_count()
         arguments, scalars = self.arguments(state, rows)
         arrays, metrics = self.jitted(*arguments)
@@ -78,7 +77,7 @@ class TrainStep:
         """
         config, lanes = self.config, self.lanes // jax.process_count()
         if rows.shape[1] != config.train.seq_len + 1:
-            raise ConfigError(f"rows of {rows.shape[1]} tokens: train.seq_len = {config.train.seq_len} needs one more than that")
+            raise ConfigError(f"rows of {rows.shape[1]} tokens: train.seq_len = {config.train.seq_len} needs one more")
         per_micro = self.micro_batch * lanes
         count = rows.shape[0] // per_micro
         if rows.shape[0] % per_micro or not 0 < count <= self.most_micro_batches:
@@ -215,8 +214,8 @@ class EvalStep:
         dtype = jnp.bfloat16 if self.config.train.precision == "bf16" else jnp.float32
         hidden, _, _ = model.trunk(tokens[:, :-1], dtype=dtype)
         hidden = model.final_norm(hidden).reshape(-1, self.config.model.hidden_size)
-        weights = has_label(tokens_BT).astype(jnp.float32).reshape(-1)
-        nats = cross_entropy(hidden, model.head_weight(), tokens[:, 1:].reshape(-1), weights, self.config.train.loss_chunk)
+        labels, weights = tokens[:, 1:].reshape(-1), has_label(tokens_BT).astype(jnp.float32).reshape(-1)
+        nats = cross_entropy(hidden, model.head_weight(), labels, weights, self.config.train.loss_chunk)
         return lax.psum(nats, BATCH_AXES)
 
 

@@ -4,20 +4,25 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.precision import matmul_precision
+
 MAX_SCORES = 1 << 26
 """Most float32 scores held at once (256 MB): longer inputs go through in chunks of queries, rebuilt in the backward."""
 
 
 def _attend(q_BTNH: Array, k_BSNH: Array, v_BSNW: Array, first_B: Array, scale: float) -> Array:
     """One chunk of queries, of which the first sees the keys ``s <= first_B``."""
+    precision = matmul_precision(q_BTNH.dtype)
     batch, queries, heads, dim = q_BTNH.shape
     kv_heads, value_dim = v_BSNW.shape[2:]
     q_BTJRH = q_BTNH.reshape(batch, queries, kv_heads, heads // kv_heads, dim)
-    scores = jnp.einsum("btjrh,bsjh->bjrts", q_BTJRH, k_BSNH, preferred_element_type=jnp.float32) * scale
+    scores = scale * jnp.einsum(
+        "btjrh,bsjh->bjrts", q_BTJRH, k_BSNH, preferred_element_type=jnp.float32, precision=precision
+    )
     last_seen_BT = first_B[:, None] + jnp.arange(queries)
     seen_BTS = jnp.arange(k_BSNH.shape[1]) <= last_seen_BT[:, :, None]
     weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores, -jnp.inf), axis=-1).astype(v_BSNW.dtype)
-    out = jnp.einsum("bjrts,bsjw->btjrw", weights, v_BSNW, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bjrts,bsjw->btjrw", weights, v_BSNW, preferred_element_type=jnp.float32, precision=precision)
     return out.reshape(batch, queries, heads, value_dim).astype(q_BTNH.dtype)
 
 

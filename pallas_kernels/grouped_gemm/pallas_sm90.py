@@ -55,6 +55,10 @@ class Tiling:
     ping_pong: bool = False
 
 
+_WGRAD_TILING = Tiling(tile_n=128, stages=5, width=8, ping_pong=True)
+"""Float32 results are twice as wide: taking turns hides their store (3 to 4% on an H200, docs/performance.md)."""
+
+
 class _Tile(NamedTuple):
     """Where one output tile gets its operands and leaves its result."""
 
@@ -95,8 +99,8 @@ def gemm(
     """
     rows, dim_k = x_MK.shape
     dim_n = w.shape[1] if transpose_w else w.shape[2]
-    tiling = tiling or Tiling(tile_n=_tile_n(dim_n))
-    tile_n = tiling.tile_n
+    tiling = tiling or Tiling(tile_n=256 if dim_n % 256 == 0 else 128)
+    tile_n = _divided(dim_n, tiling)
     grid = (rows // TILE_M, dim_n // tile_n)
 
     def locate(index: Any, x_ref: Any, w_ref: Any, group_ref: Any, used_ref: Any, out_ref: Any) -> _Tile:
@@ -145,8 +149,8 @@ def wgrad(
     ``group_of_block`` must never decrease; blocks from ``num_blocks`` on are not read.
     """
     dim_k, dim_n = x_MK.shape[1], dy_MN.shape[1]
-    tiling = tiling or Tiling(tile_n=_tile_n(dim_n))
-    tile_n = tiling.tile_n
+    tiling = tiling or _WGRAD_TILING
+    tile_n = _divided(dim_n, tiling)
     grid = (dim_k // TILE_M, dim_n // tile_n)
     groups = jnp.arange(num_groups + 1, dtype=group_of_block.dtype)
     first_block = jnp.minimum(jnp.searchsorted(group_of_block, groups).astype(jnp.int32), num_blocks)
@@ -180,8 +184,10 @@ def wgrad(
     )
 
 
-def _tile_n(dim_n: int) -> int:
-    return 256 if dim_n % 256 == 0 else 128
+def _divided(dim_n: int, tiling: Tiling) -> int:
+    if dim_n % tiling.tile_n:
+        raise ValueError(f"grouped_gemm: tile_n = {tiling.tile_n} does not divide the {dim_n} columns of the result")
+    return tiling.tile_n
 
 
 def _swizzled(dtype: Any) -> tuple[Any, Any]:

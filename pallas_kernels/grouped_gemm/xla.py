@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import varying
+from pallas_kernels.precision import matmul_precision
 
 _CPU_ONE_BATCH_BYTES, _CPU_CHUNK_BYTES = 20 << 20, 2 << 20
 _ACCELERATOR_CHUNK_BYTES = 512 << 20
@@ -38,12 +39,13 @@ def gemm(x_MK: Array, w_GKN: Array, group_of_block: Array, *, block: int, transp
 
     With ``transpose_w`` the weight is given as ``[G, N, K]``. The weight must have ``x_MK``'s dtype.
     """
+    precision = matmul_precision(x_MK.dtype)
     num_blocks, dim_k = group_of_block.shape[0], x_MK.shape[1]
     formula = "bmk,bnk->bmn" if transpose_w else "bmk,bkn->bmn"
     x_BMK = x_MK.reshape(num_blocks, block, dim_k)
 
     def product(x_CMK: Array, group_C: Array) -> Array:
-        y_CMN = jnp.einsum(formula, x_CMK, w_GKN[group_C], preferred_element_type=jnp.float32)
+        y_CMN = jnp.einsum(formula, x_CMK, w_GKN[group_C], preferred_element_type=jnp.float32, precision=precision)
         return y_CMN.astype(x_MK.dtype)
 
     chunk = _blocks_per_chunk(num_blocks, math.prod(w_GKN.shape[1:]) * w_GKN.dtype.itemsize)
@@ -61,13 +63,14 @@ def gemm(x_MK: Array, w_GKN: Array, group_of_block: Array, *, block: int, transp
 
 def wgrad(x_MK: Array, dy_MN: Array, group_of_block: Array, *, block: int, num_groups: int) -> Array:
     """``dw[g] = sum of x^T dy over the blocks of group g``, float32 ``[G, K, N]``; zero for a group without blocks."""
+    precision = matmul_precision(x_MK.dtype)
     num_blocks = group_of_block.shape[0]
     x_BMK = x_MK.reshape(num_blocks, block, -1)
     dy_BMN = dy_MN.reshape(num_blocks, block, -1)
 
     def add_block(dw_GKN: Array, item: tuple[Array, Array, Array]) -> tuple[Array, None]:
         x_block, dy_block, group = item
-        term_KN = jnp.einsum("mk,mn->kn", x_block, dy_block, preferred_element_type=jnp.float32)
+        term_KN = jnp.einsum("mk,mn->kn", x_block, dy_block, preferred_element_type=jnp.float32, precision=precision)
         total_KN = lax.dynamic_index_in_dim(dw_GKN, group, keepdims=False) + term_KN
         return lax.dynamic_update_index_in_dim(dw_GKN, total_KN, group, 0), None
 

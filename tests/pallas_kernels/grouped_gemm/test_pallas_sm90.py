@@ -127,6 +127,10 @@ LARGE = Case("large", (700, 0, 1, 2050, 128, 1153, 0), 768, 1536, 128)
 @pytest.mark.parametrize("tiling", [None, *TILINGS], ids=str)
 @pytest.mark.parametrize("case", [UNEVEN, LARGE], ids=lambda case: case.name)
 def test_results_on_hopper_equal_the_definition(case, tiling):
+    if tiling and case.dim_k % tiling.tile_n:
+        with pytest.raises(ValueError, match="tile_n = 256 does not divide the 128 columns"):
+            pallas_sm90.gemm(*(arrays_of(case)[i] for i in (2, 1, 3, 4)), block=128, transpose_w=True, tiling=tiling)
+        return
     gemm, wgrad = (functools.partial(kernel, tiling=tiling) for kernel in (pallas_sm90.gemm, pallas_sm90.wgrad))
     kernels = jax.jit(functools.partial(all_three, case=case, gemm=gemm, wgrad=wgrad))
     check_against_definition(kernels(*arrays_of(case)), case)
