@@ -1,6 +1,7 @@
 """The named mesh: ``pipe`` x ``expert`` x ``data``."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ BATCH_AXES = ("expert", "data")
 """Axes that a batch is split over."""
 
 
-def make_mesh(pipe: int = 1, expert: int = 1, data: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(pipe: int = 1, expert: int = 1, data: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over the first ``pipe * expert * data`` devices; one device is the mesh (1, 1, 1).
 
     Raises:

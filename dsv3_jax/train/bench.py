@@ -110,7 +110,7 @@ def bench_step(config: Config, *, steps: int = 12, warmup: int = 4, say: Callabl
     )
 
 
-def _peak_memory(device: jax.Device, planned: Any) -> float | None:
+def _peak_memory(device: Any, planned: Any) -> float | None:
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 2**30

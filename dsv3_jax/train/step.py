@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Int32
 
 from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.model import DeepSeekV3, Tree, abstract_model, merge_model, split_model
@@ -26,12 +26,12 @@ _ROWS = P(None, BATCH_AXES)
 
 
 class _Scalars(NamedTuple):
-    """What the host decides anew each step."""
+    """What the host decides anew each step: float32 numbers and an int32 count, traced inside the program."""
 
-    learning_rate: Float[Array, ""]
-    mtp_weight: Float[Array, ""]
-    bias_update_speed: Float[Array, ""]
-    micro_batches: Int[Array, ""]
+    learning_rate: Any
+    mtp_weight: Any
+    bias_update_speed: Any
+    micro_batches: Any
 
 
 class TrainStep:
@@ -57,7 +57,7 @@ class TrainStep:
         mapped = jax.shard_map(
             self._local_step, mesh=self.mesh, in_specs=(P(), _ROWS, P()), out_specs=(P(), P()), check_vma=False
         )
-        self.jitted = jax.jit(mapped, donate_argnums=0)
+        self.jitted: Any = jax.jit(mapped, donate_argnums=0)
 
     def __call__(self, state: TrainState, rows: Int32[np.ndarray, "n T1"]) -> tuple[TrainState, Metrics]:
         """One optimizer step."""

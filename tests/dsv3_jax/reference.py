@@ -129,7 +129,7 @@ def choose(s, bias, cfg):
         allowed = list(range(s.size))
     allowed.sort(key=lambda i: -selection[i])
     K = cfg.num_experts_per_tok
-    if K < len(allowed):
+    if len(allowed) > K:
         margin = min(margin, selection[allowed[K - 1]] - selection[allowed[K]])
     return allowed[:K], margin
 

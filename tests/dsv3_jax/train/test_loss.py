@@ -22,7 +22,7 @@ def draw(seed=0, dtype=jnp.float32):
     hidden = jnp.asarray(2 * rng.standard_normal((ROWS, SIZE)), dtype)
     head = jnp.asarray(rng.standard_normal((SIZE, VOCABULARY)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, VOCABULARY, ROWS, dtype=np.int32))
-    weights = jnp.asarray(rng.random(ROWS) * (rng.random(ROWS) < 0.7), jnp.float32)
+    weights = jnp.asarray(rng.random(ROWS) * (np.arange(ROWS) % 3 > 0), jnp.float32)
     return hidden, head, labels, weights
 
 
@@ -48,7 +48,7 @@ def test_value_and_gradients_equal_the_plain_formulation_whatever_the_chunk(chun
 def test_rows_of_weight_zero_add_nothing_whatever_they_hold():
     hidden, head, labels, weights = draw()
     out = np.asarray(weights) == 0
-    assert 3 < out.sum() < ROWS
+    assert out.sum() == 8
     _, (d_hidden, d_head) = both(hidden, head, labels, weights, 5)
     np.testing.assert_array_equal(np.asarray(d_hidden)[out], 0.0)
     other = jnp.where(out[:, None], 9.0, hidden), head, jnp.where(out, 0, labels), weights
@@ -115,8 +115,6 @@ def test_the_logits_of_all_rows_never_exist():
 
 # The whole loss.
 
-LOSS = {"sequence_balance": 0.01}
-
 
 def loss_function(config, graph):
     @jax.jit
@@ -140,8 +138,8 @@ def test_labels_are_missing_where_the_next_token_is_padding():
 
 @pytest.mark.parametrize("chunk", [7, 2048])
 def test_every_loss_equals_the_numpy_models(chunk):
-    model = micro.ROUTED_ONLY | {"num_hidden_layers": 2, "num_nextn_predict_layers": 2}
-    config = micro.config(model, loss=LOSS, train={"loss_chunk": chunk})
+    model = micro.ROUTED_ONLY | {"num_nextn_predict_layers": 2}
+    config = micro.config(model, loss={"sequence_balance": 0.01}, train={"loss_chunk": chunk})
     cfg = config.model
     split, rows = micro.parts(cfg), micro.tokens(cfg)
     rows[1, -4:] = -1
@@ -170,7 +168,8 @@ def test_every_loss_equals_the_numpy_models(chunk):
     np.testing.assert_array_equal(found.counts.sum(-1), [2 * 12 * 3, 2 * 12 * 3, 2 * 12 * 3, 2 * 11 * 3])
 
 
-CONFIG = micro.config(micro.ROUTED_ONLY | {"num_hidden_layers": 1}, loss=LOSS, train={"loss_chunk": 9})
+SMALL = micro.ROUTED_ONLY | {"num_hidden_layers": 1}
+CONFIG = micro.config(SMALL, loss={"sequence_balance": 0.0}, train={"loss_chunk": 9})
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +182,7 @@ def case():
 
 def test_without_mtp_weight_the_trunk_has_the_gradients_of_a_model_without_mtp(case):
     split, rows, grad = case
-    without = micro.config(micro.ROUTED_ONLY | {"num_hidden_layers": 1, "num_nextn_predict_layers": 0}, loss=LOSS)
+    without = micro.config(SMALL | {"num_nextn_predict_layers": 0}, loss={"sequence_balance": 0.0})
     other = micro.parts(without.model)
     losses = loss_function(without, other.graph)
     trunk = {name: part for name, part in split.params.items() if name != "mtp"}
@@ -193,10 +192,7 @@ def test_without_mtp_weight_the_trunk_has_the_gradients_of_a_model_without_mtp(c
     assert jax.tree.structure(expected) == jax.tree.structure({k: v for k, v in found.items() if k != "mtp"})
     for name, part in expected.items():
         jax.tree.map(assert_close, found[name], part)
-    # What is left in MTP comes from its router's balance loss alone: nothing reaches what no router reads.
-    mtp = found["mtp"][0]
-    np.testing.assert_array_equal(mtp["head_norm"]["scale"], 0.0)
-    np.testing.assert_array_equal(mtp["block"]["moe"]["down"], 0.0)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(found["mtp"]))
 
 
 def test_embedding_and_head_get_the_gradient_of_the_main_model_plus_that_of_mtp(case):
@@ -217,25 +213,19 @@ def test_embedding_and_head_get_the_gradient_of_the_main_model_plus_that_of_mtp(
 
     tables = {name: split.params[name] for name in ("embedding", "head")}
     of_main, of_mtp = jax.jit(jax.grad(apart, argnums=(0, 1)))(tables, tables)
-    with_balance, without = grad(split.params, jnp.float32(0.3)), grad(split.params, jnp.float32(0.0))
-    # The balance losses also move the embedding: the same with and without MTP's weight.
+    found = grad(split.params, jnp.float32(0.3))
     for name in tables:
-        main, ahead = (jax.tree.leaves(part[name])[0] for part in (of_main, of_mtp))
-        assert float(jnp.abs(ahead).max()) > 1e-3
-        found = jax.tree.leaves(with_balance[name])[0] - jax.tree.leaves(without[name])[0]
-        assert found.shape == main.shape
-        if name == "head":
-            assert_close(jax.tree.leaves(with_balance[name])[0], main + ahead, tolerance=1e-5)
+        whole, main, ahead = (jax.tree.leaves(part[name])[0] for part in (found, of_main, of_mtp))
+        assert float(jnp.linalg.norm(ahead)) > 0.1 * float(jnp.linalg.norm(main))
+        assert_close(whole, main + ahead, tolerance=1e-5)
 
 
 def test_bfloat16_runs_with_float32_gradients_close_to_those_of_float32(case):
     split, rows, grad = case
-    config = micro.config(
-        micro.ROUTED_ONLY | {"num_hidden_layers": 1}, loss=LOSS, train={"loss_chunk": 9, "precision": "bf16"}
-    )
+    config = micro.config(SMALL, loss={"sequence_balance": 0.01}, train={"loss_chunk": 9, "precision": "bf16"})
     losses = loss_function(config, split.graph)
 
-    @functools.partial(jax.jit)
+    @jax.jit
     def low(params):
         def total(params):
             found = losses(params, split.router_bias, rows, jnp.float32(0.3))
@@ -251,8 +241,7 @@ def test_bfloat16_runs_with_float32_gradients_close_to_those_of_float32(case):
 
 
 def test_no_logits_of_all_tokens_in_the_whole_loss():
-    model = micro.ROUTED_ONLY | {"num_hidden_layers": 1, "vocab_size": 20_000}
-    config = micro.config(model, train={"loss_chunk": 16, "seq_len": 128})
+    config = micro.config(SMALL | {"vocab_size": 20_000}, train={"loss_chunk": 16, "seq_len": 128})
     split = micro.parts(config.model)
     losses = loss_function(config, split.graph)
     rows = jax.ShapeDtypeStruct((2, 129), jnp.int32)
