@@ -1,4 +1,4 @@
-"""The whole model against NumPy, its exact parameter counts, what sees what, and a program that does not grow with depth."""
+"""The whole model against NumPy, its exact parameter counts, what sees what, and that depth does not cost compile time."""
 
 import dataclasses
 import functools
@@ -15,6 +15,8 @@ from dsv3_jax.model import DeepSeekV3, abstract_model, merge_model, split_model
 from dsv3_jax.nn.router import Router, RouterBias
 from dsv3_jax.planning import count_parameters
 from tests.dsv3_jax import micro, reference
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MODELS = sorted(path.stem for path in (preset_folder() / "model").glob("*.toml"))
 
@@ -106,13 +108,13 @@ def test_documents_packed_in_a_row_see_each_other_in_pretraining(v3):
     assert (np.abs(first - second).max(-1) > 1e-5).all()
 
 
-def test_calling_the_model_gives_the_main_logits_in_the_wanted_precision():
-    split, rows = micro.parts(V3, seed=1), micro.tokens(V3)
+def test_calling_the_model_in_bfloat16_gives_nearly_the_main_logits():
+    split, rows = micro.parts(V3, seed=1), micro.tokens(V3, rows=1)
     model = merge_model(split.graph, split.params, split.router_bias)
-    exact, low = jax.jit(lambda rows: (model(rows), model(rows, dtype=jnp.bfloat16)))(rows[:, :-1])
-    np.testing.assert_allclose(exact, logits_of(split, rows)[0], atol=1e-5)
+    low = jax.jit(functools.partial(model, dtype=jnp.bfloat16))(rows[:, :-1])
     assert low.dtype == jnp.bfloat16
     # A rounding may send a single token to another expert, so the median over tokens is compared.
+    exact = logits_of(split, rows)[0]
     error = np.linalg.norm(np.asarray(low, np.float32) - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
     assert 1e-3 < np.median(error) < 0.03
 

@@ -11,6 +11,8 @@ from dsv3_jax.nn.moe import MoEAux
 from pallas_kernels.testing import assert_close
 from tests.dsv3_jax import micro
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = micro.config(micro.V3).model
 BATCH, TOKENS, LAYERS = 2, 9, 2
 POSITIONS = np.broadcast_to(np.arange(TOKENS), (BATCH, TOKENS))
@@ -39,16 +41,10 @@ def case():
     return params, x, loss
 
 
-@pytest.fixture(scope="module")
-def plain(case):
+def test_recomputation_gives_the_same_loss_and_gradients(case):
     params, x, loss = case
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)(params, x, "none")
-
-
-@pytest.mark.parametrize("remat", ["paper", "full"])
-def test_recomputation_gives_the_same_loss_and_gradients(case, plain, remat):
-    params, x, loss = case
-    found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)(params, x, remat)
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
+    plain, found = (run(params, x, remat) for remat in ("none", "paper"))
     assert float(found[0]) == pytest.approx(float(plain[0]), rel=1e-6)
     for left, right in zip(jax.tree.leaves(found[1]), jax.tree.leaves(plain[1]), strict=True):
         assert_close(left, right, tolerance=2e-6)
@@ -92,7 +88,7 @@ def test_a_stack_equals_its_layers_one_after_another():
         whole, aux, _ = run_blocks(nnx.merge(graph, state), x, jnp.asarray(POSITIONS))
         records = []
         for i in range(LAYERS):
-            block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[i], state))
+            block = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))
             x, record, _ = block(x, jnp.asarray(POSITIONS))
             records.append(record.counts)
         return whole, aux.counts, x, jnp.stack(records)

@@ -12,6 +12,8 @@ from dsv3_jax.nn.linear import Embedding, init_weight, matmul
 from dsv3_jax.nn.norm import rms_norm
 from tests.dsv3_jax import reference
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_the_weight_gradient_under_bfloat16_is_accumulated_and_kept_in_float32():
     rng = np.random.default_rng(0)

@@ -11,6 +11,8 @@ from flax import nnx
 from dsv3_jax.nn.mla import MLA
 from tests.dsv3_jax import micro, reference
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = micro.config(micro.V3).model
 RANK = CONFIG.kv_lora_rank
 X = np.random.default_rng(0).standard_normal((2, 9, 32)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer against a dense formulation: properties 13 and 15 of spec 28, and the work it compiles to."""
+"""The mixture-of-experts layer against a dense formulation (properties 13, 15 of spec 28), and the work it compiles to."""
 
 import functools
 
@@ -12,6 +12,8 @@ from dsv3_jax.nn.moe import MoE, block_rows
 from pallas_kernels.permute import num_blocks_bound
 from pallas_kernels.testing import assert_close, matmul_flops
 from tests.dsv3_jax import micro, reference
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FLAT = micro.config(micro.V3 | {"n_group": 1, "topk_group": 1}).model
 GROUPED = micro.config(micro.V3).model

@@ -10,6 +10,8 @@ from dsv3_jax.config import ModelConfig, RopeScaling, load_config
 from dsv3_jax.nn.rope import rope_frequencies, rotate, rotation, softmax_scale, yarn_bounds, yarn_mscale
 from tests.dsv3_jax import reference
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 YARN = RopeScaling(factor=40.0)
 PLAIN = RopeScaling()
 

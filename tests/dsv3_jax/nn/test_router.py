@@ -13,6 +13,8 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.nn.router import Router, RouterBias, count_experts, select_experts
 from tests.dsv3_jax import micro, reference
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GOLDEN = ModelConfig(
     hidden_size=16, n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2, routed_scaling_factor=2.5
 )

@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from dsv3_jax.config import OptimConfig
+from dsv3_jax.config import OptimConfig, load_config
 from dsv3_jax.train.ema import update_ema
 from dsv3_jax.train.optimizer import clip_by_global_norm, decay_mask, make_optimizer, scale_by_adam
+from dsv3_jax.train.state import abstract_state
 
 
 def _tree(seed: int, scale: float = 1.0):
@@ -20,6 +21,16 @@ def _tree(seed: int, scale: float = 1.0):
 def test_decay_mask_spares_stacked_norm_scales_and_keeps_every_matrix():
     mask = decay_mask(_tree(0))
     assert mask == {"embed": {"table": True}, "trunk": {"norm": {"scale": False}, "q": {"kernel": True}}}
+
+
+def test_decay_mask_of_a_whole_model_is_what_is_a_matrix_in_one_layer():
+    config = load_config("tiny")
+    params = abstract_state(config).params
+    stacked = {"dense", "moe"}
+    names, leaves = zip(*jax.tree_util.tree_flatten_with_path(params)[0], strict=True)
+    one_layer = [leaf.ndim - (path[0].key in stacked) for path, leaf in zip(names, leaves, strict=True)]
+    assert jax.tree.leaves(decay_mask(params)) == [ndim >= 2 for ndim in one_layer]
+    assert min(one_layer) == 1
 
 
 @pytest.mark.parametrize("decay", ["matrices", "all"])
