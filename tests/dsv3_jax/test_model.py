@@ -1,4 +1,4 @@
-"""The whole model against NumPy, its exact parameter counts, what sees what, and that depth does not cost compile time."""
+"""The whole model against NumPy, its exact parameter counts, what sees what, and that depth costs no compile time."""
 
 import dataclasses
 import functools

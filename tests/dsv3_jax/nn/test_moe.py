@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer against a dense formulation (properties 13, 15 of spec 28), and the work it compiles to."""
+"""The mixture-of-experts layer against a dense formulation (properties 13, 15 of spec 28), and its compiled work."""
 
 import functools
 
