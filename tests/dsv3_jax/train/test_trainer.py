@@ -50,10 +50,14 @@ trainer.train(load_config(sys.argv[1]), sys.argv[2])
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_cache(tmp_path_factory):
-    """Every run here has the same programs: they are compiled once, for subprocesses too."""
+    """Every run here has the same programs: they are compiled once, quickly, for subprocesses too."""
     folder = str(tmp_path_factory.mktemp("programs"))
-    settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: getattr(jax.config, name) for name in settings}
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
@@ -178,6 +182,7 @@ def test_a_run_killed_while_a_checkpoint_is_written_goes_on_exactly(config, refe
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": compile_cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "PYTHONPATH": str(ROOT),
     }
     argv = [sys.executable, "-c", ON_CHECKPOINT_8, str(tmp_path / "config.toml"), str(out)]
