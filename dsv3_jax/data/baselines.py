@@ -149,7 +149,12 @@ def full_train_counts(data: Data) -> BigramCounts:
 
 
 def consumed_counts(data: Data, rows: int) -> BigramCounts:
-    """Counts over the first ``rows`` rows of the training stream: what a run of so many has seen, on all processes."""
+    """Counts over the first ``rows`` rows of the training stream: what a run of so many has seen, on all processes.
+
+    At most one epoch is counted. Further ones repeat the same text: the held-out tenth would then be text that was
+    counted too, the weights would trust pairs of tokens too much, and the baseline would be too easy to beat.
+    """
+    rows = min(rows, max(1, data.tokens_per_epoch_estimate // (data.config.train.seq_len + 1)))
     counts = BigramCounts(data.tokenizer)
     stream = data.train_rows()
     try:
