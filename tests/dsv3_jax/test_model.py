@@ -67,13 +67,12 @@ def test_logits_of_every_head_and_expert_counts_equal_those_of_the_numpy_model(n
         assert aux is None
 
 
-V3 = micro.config(micro.V3).model
+V3 = micro.config(CASES["v3 with two depths and YaRN"]).model
 
 
 @pytest.fixture(scope="module")
 def v3():
-    split = micro.parts(V3)
-    rows = micro.tokens(V3, rows=1, width=13)
+    split, rows = micro.parts(V3), micro.tokens(V3)
     return split, rows, logits_of(split, rows)
 
 
@@ -85,19 +84,20 @@ def changed(rows, place):
 
 @pytest.mark.parametrize("place", [1, 6, 11])
 def test_a_token_changes_main_logits_from_its_own_place_on_and_none_before(v3, place):
-    split, rows, (main, _) = v3
-    after, _ = logits_of(split, changed(rows, place))
+    split, rows, (main, *_) = v3
+    after, *_ = logits_of(split, changed(rows, place))
     np.testing.assert_array_equal(after[0, :place], main[0, :place])
     assert (np.abs(after - main)[0, place:].max(-1) > 1e-5).all()
 
 
 @pytest.mark.parametrize("place", [3, 7, 12])
-def test_mtp_at_i_reads_token_i_plus_1_and_not_token_i_plus_2(v3, place):
-    split, rows, (_, ahead) = v3
-    _, after = logits_of(split, changed(rows, place))
-    i = place - 1
-    np.testing.assert_array_equal(after[0, :i], ahead[0, :i])
-    assert np.abs(after - ahead)[0, i].max() > 1e-3
+def test_mtp_of_depth_k_at_i_reads_token_i_plus_k_and_not_the_one_it_predicts(v3, place):
+    split, rows, (_, *ahead) = v3
+    _, *after = logits_of(split, changed(rows, place))
+    for depth in (1, 2):
+        i, before, now = place - depth, ahead[depth - 1], after[depth - 1]
+        np.testing.assert_array_equal(now[0, :i], before[0, :i])
+        assert np.abs(now - before)[0, i].max() > 1e-3
 
 
 def test_documents_packed_in_a_row_see_each_other_in_pretraining(v3):
@@ -109,7 +109,7 @@ def test_documents_packed_in_a_row_see_each_other_in_pretraining(v3):
 
 
 def test_calling_the_model_in_bfloat16_gives_nearly_the_main_logits():
-    split, rows = micro.parts(V3, seed=1), micro.tokens(V3, rows=1)
+    split, rows = micro.parts(V3, seed=1), micro.tokens(V3)
     model = merge_model(split.graph, split.params, split.router_bias)
     low = jax.jit(functools.partial(model, dtype=jnp.bfloat16))(rows[:, :-1])
     assert low.dtype == jnp.bfloat16
@@ -210,7 +210,7 @@ def test_a_module_of_ones_own_can_stand_in_for_the_router():
             return routing._replace(experts=jnp.broadcast_to(first % 8, routing.experts.shape))
 
     def counts(rows):
-        model = DeepSeekV3(V3, rngs=nnx.Rngs(0), router=Alternating)
+        model = DeepSeekV3(micro.config(micro.V3).model, rngs=nnx.Rngs(0), router=Alternating)
         return model.hidden(rows).aux.counts
 
     np.testing.assert_array_equal(jax.jit(counts)(np.zeros((2, 9), np.int32)), [[6] * 8] * 3)
@@ -218,7 +218,7 @@ def test_a_module_of_ones_own_can_stand_in_for_the_router():
 
 def test_router_biases_are_their_own_kind_of_variable_outside_the_parameters():
     graph, params, bias = nnx.split(nnx.eval_shape(lambda: DeepSeekV3(V3, rngs=nnx.Rngs(0))), nnx.Param, RouterBias)
-    assert sizes(bias) == 3 * 8
+    assert sizes(bias) == (2 + V3.num_nextn_predict_layers) * 8
     assert not any("bias" in jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params))
     del graph
 

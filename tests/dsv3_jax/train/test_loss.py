@@ -88,16 +88,22 @@ def test_the_factor_of_a_loss_is_not_rounded_to_bfloat16():
     assert float(jnp.vdot(one, third) / jnp.vdot(one, one)) == pytest.approx(0.3, rel=5e-4)
 
 
-def largest(jaxpr):
-    """Elements of the largest array that a program makes, loops included."""
-    most = max((math.prod(var.aval.shape) for eqn in jaxpr.eqns for var in eqn.outvars), default=0)
-    leaves = [leaf for eqn in jaxpr.eqns for leaf in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)]
-    inner = [leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf for leaf in leaves if _is_jaxpr(leaf)]
-    return max([most, *map(largest, inner)])
+def equations(jaxpr):
+    """Every equation of a program, those inside loops once."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for leaf in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(leaf):
+                yield from equations(leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf)
 
 
 def _is_jaxpr(leaf):
     return isinstance(leaf, ClosedJaxpr | Jaxpr)
+
+
+def largest(jaxpr):
+    """Elements of the largest array that a program makes."""
+    return max(math.prod(var.aval.shape) for equation in equations(jaxpr) for var in equation.outvars)
 
 
 def test_the_logits_of_all_rows_never_exist():
@@ -169,8 +175,8 @@ def test_every_loss_equals_the_numpy_models():
     np.testing.assert_array_equal(found.counts.sum(-1), [2 * 12 * 3, 2 * 12 * 3, 2 * 12 * 3, 2 * 11 * 3])
 
 
-SMALL = micro.ROUTED_ONLY | {"num_hidden_layers": 1}
-CONFIG = micro.config(SMALL, loss={"sequence_balance": 0.0}, train={"loss_chunk": 9})
+SMALL = micro.DENSE_GQA | {"num_hidden_layers": 1, "num_nextn_predict_layers": 1}
+CONFIG = micro.config(SMALL, train={"loss_chunk": 9})
 
 
 @pytest.fixture(scope="module")
@@ -183,12 +189,11 @@ def case():
 
 def test_without_mtp_weight_the_trunk_has_the_gradients_of_a_model_without_mtp(case):
     split, rows, grad = case
-    without = micro.config(SMALL | {"num_nextn_predict_layers": 0}, loss={"sequence_balance": 0.0})
+    without = micro.config(SMALL | {"num_nextn_predict_layers": 0})
     other = micro.parts(without.model)
     losses = loss_function(without, other.graph)
     trunk = {name: part for name, part in split.params.items() if name != "mtp"}
-    bias = {"moe": split.router_bias["moe"]}
-    expected = jax.jit(jax.grad(lambda params: losses(params, bias, rows, jnp.float32(0.3)).total))(trunk)
+    expected = jax.jit(jax.grad(lambda params: losses(params, {}, rows, jnp.float32(0.3)).total))(trunk)
     found = grad(split.params, jnp.float32(0.0))
     assert jax.tree.structure(expected) == jax.tree.structure({k: v for k, v in found.items() if k != "mtp"})
     for name, part in expected.items():
@@ -223,7 +228,7 @@ def test_embedding_and_head_get_the_gradient_of_the_main_model_plus_that_of_mtp(
 
 def test_bfloat16_runs_with_float32_gradients_close_to_those_of_float32(case):
     split, rows, grad = case
-    config = micro.config(SMALL, loss={"sequence_balance": 0.01}, train={"loss_chunk": 9, "precision": "bf16"})
+    config = micro.config(SMALL, train={"loss_chunk": 9, "precision": "bf16"})
     losses = loss_function(config, split.graph)
 
     @jax.jit
@@ -241,8 +246,23 @@ def test_bfloat16_runs_with_float32_gradients_close_to_those_of_float32(case):
     assert 1e-4 < np.linalg.norm(flat - wanted) / np.linalg.norm(wanted) < 0.1
 
 
+def test_every_gradient_of_a_routed_model_in_bfloat16_is_float32():
+    config = micro.config(micro.V3, train={"precision": "bf16"})
+    split = micro.parts(config.model)
+    losses = loss_function(config, split.graph)
+    rows = jax.ShapeDtypeStruct((2, 13), jnp.int32)
+    gradient = jax.grad(lambda params, rows: losses(params, split.router_bias, rows, jnp.float32(0.3)).total)
+    found = jax.eval_shape(gradient, split.params, rows)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
+    jaxpr = jax.make_jaxpr(gradient)(split.params, rows).jaxpr
+    products = [e.invars[0].aval.dtype for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+    # In float32: the routers, and what attention's backward pass makes of float32 scores.
+    assert products.count(jnp.dtype(jnp.bfloat16)) > 2 * products.count(jnp.dtype(jnp.float32)) > 0
+
+
 def test_no_logits_of_all_tokens_in_the_whole_loss():
-    config = micro.config(SMALL | {"vocab_size": 20_000}, train={"loss_chunk": 16, "seq_len": 128})
+    model = micro.ROUTED_ONLY | {"num_hidden_layers": 1, "vocab_size": 20_000}
+    config = micro.config(model, train={"loss_chunk": 16, "seq_len": 128})
     split = micro.parts(config.model)
     losses = loss_function(config, split.graph)
     rows = jax.ShapeDtypeStruct((2, 129), jnp.int32)
