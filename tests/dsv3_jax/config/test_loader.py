@@ -162,7 +162,7 @@ def test_differences_name_each_field_once_with_both_values():
     old = load_config("tiny")
     new = replace(old, train={"steps": 700}, data={"source": "corpus"})
     found = differences(old, new)
-    assert found == ['data.source: "python" -> "corpus"', "train.steps: 600 -> 700"]
+    assert found == ['data.source: "python" -> "corpus"', "train.steps: 500 -> 700"]
     assert differences(old, old) == []
 
 

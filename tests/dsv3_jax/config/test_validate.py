@@ -71,7 +71,7 @@ def test_an_architecture_that_cannot_be_is_refused(changes, expected):
         ({"train": {"ema_decay": 1.0}}, "train.ema_decay = 1.0 must be at least 0 and less than 1"),
         (
             {"train": {"batch_ramp": 64}},
-            "train.batch_ramp[0].value = 64 must be at most train.batch_size = 32",
+            "train.batch_ramp[0].value = 64 must be at most train.batch_size = 16",
         ),
         ({"optim": {"learning_rate": 0.0}}, "optim.learning_rate = 0.0 must be greater than 0"),
         ({"optim": {"beta2": 1.0}}, "optim.beta2 = 1.0 must be at least 0 and less than 1"),
@@ -104,11 +104,11 @@ def test_an_architecture_that_cannot_be_is_refused(changes, expected):
         # mesh
         ({"mesh": {"pipe": 2}}, "mesh.pipe = 2 must be 1: this version shards the batch only (mesh.data)"),
         ({"mesh": {"data": 0}}, "mesh.data = 0 must be greater than 0"),
-        ({"mesh": {"data": 3}}, "train.batch_size = 32 must be a multiple of mesh.data = 3"),
+        ({"mesh": {"data": 3}}, "train.batch_size = 16 must be a multiple of mesh.data = 3"),
         (
             {"mesh": {"data": 2}, "train": {"micro_batch_size": 5}},
-            "train.micro_batch_size = 5 must divide the 16 sequences of one device "
-            "(train.batch_size = 32 over mesh.data = 2)",
+            "train.micro_batch_size = 5 must divide the 8 sequences of one device "
+            "(train.batch_size = 16 over mesh.data = 2)",
         ),
     ],
 )
@@ -128,9 +128,9 @@ def test_a_dense_model_needs_no_sensible_expert_fields():
 
 
 def test_a_ramp_starts_where_its_first_piece_says():
-    ramp = [{"until": 0, "value": 8}, {"until": 1e6, "value": 32, "shape": "linear"}]
+    ramp = [{"until": 0, "value": 8}, {"until": 1e6, "value": 16, "shape": "linear"}]
     config = load_config("tiny", {"train": {"batch_ramp": ramp}})
-    assert config.train.batch_ramp == (Segment(0.0, 8.0), Segment(1e6, 32.0, "linear"))
+    assert config.train.batch_ramp == (Segment(0.0, 8.0), Segment(1e6, 16.0, "linear"))
 
 
 def test_endless_pieces_are_allowed():
