@@ -93,11 +93,11 @@ def run_blocks(
         x, aux, layer_cache = block(x, positions, balance=balance, cache=layer_cache, form=form)
         return x, (aux, layer_cache)
 
-    x, (aux, cache) = lax.scan(rematerialize(layer, remat), x, (stacked, cache))
+    x, (aux, cache) = lax.scan(rematerialize(layer, remat, scanned=True), x, (stacked, cache))
     return x, aux, cache
 
 
-def rematerialize[**P, R](function: Callable[P, R], remat: Remat) -> Callable[P, R]:
+def rematerialize[**P, R](function: Callable[P, R], remat: Remat, *, scanned: bool) -> Callable[P, R]:
     """``function`` under the chosen recomputation.
 
     ``paper`` keeps what matrix products other than MLA's up-projections put out, and computes norms,
@@ -106,7 +106,7 @@ def rematerialize[**P, R](function: Callable[P, R], remat: Remat) -> Callable[P,
     if remat == "none":
         return function
     policy = jax.checkpoint_policies.save_only_these_names(*_SAVED) if remat == "paper" else None
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+    return jax.checkpoint(function, policy=policy, prevent_cse=not scanned)
 
 
 def concatenate_aux(records: list[MoEAux | None]) -> MoEAux | None:

@@ -55,4 +55,4 @@ class MTP(nnx.Module):
             normed = module.head_norm(x)
             return (normed if module.config.mtp_hidden == "post_norm" else x), normed, aux
 
-        return rematerialize(forward, remat)(state, hidden, embedded)
+        return rematerialize(forward, remat, scanned=False)(state, hidden, embedded)
