@@ -34,11 +34,23 @@ def run(argv: Sequence[str]) -> int:
     config, options = parse_config("dsv3 bench train", rest, description, Options)
     if options.steps < 1 or options.warmup < 1:
         raise ConfigError(f"--steps = {options.steps} and --warmup = {options.warmup} must be at least 1")
-    from dsv3_jax.train.bench import bench_step
+    import jax
 
-    result = bench_step(
-        config, steps=options.steps, warmup=options.warmup, say=lambda line: print(line, file=sys.stderr, flush=True)
-    )
+    from dsv3_jax.train.bench import bench_step
+    from dsv3_jax.train.step import out_of_memory
+
+    try:
+        result = bench_step(
+            config,
+            steps=options.steps,
+            warmup=options.warmup,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"dsv3: error: {out_of_memory(config)}", file=sys.stderr)
+        return 1
     text = json.dumps(dataclasses.asdict(result), indent=2)
     if options.json == "-":
         print(text)

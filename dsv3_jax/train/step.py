@@ -222,3 +222,12 @@ class EvalStep:
 def make_eval_step(config: Config, mesh: Mesh | None = None) -> EvalStep:
     """The evaluation step of a run."""
     return EvalStep(config, mesh)
+
+
+def out_of_memory(config: Config) -> str:
+    """What to say when a step does not fit on its device."""
+    train = config.train
+    return (
+        f"the device has too little memory for this step: lower train.micro_batch_size (now "
+        f"{train.micro_batch_size or 'all at once'}), or set train.remat = 'paper' or 'full' (now {train.remat!r})"
+    )

@@ -34,7 +34,7 @@ from dsv3_jax.train.metrics import LAG, LOAD_FILE, MetricsQueue, Record, RunFile
 from dsv3_jax.train.progress import RunProgress
 from dsv3_jax.train.run_folder import StopRequest, open_run_folder
 from dsv3_jax.train.state import TrainState, abstract_state, config_mesh, init_state, model_of
-from dsv3_jax.train.step import make_eval_step, make_train_step
+from dsv3_jax.train.step import make_eval_step, make_train_step, out_of_memory
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -125,11 +125,7 @@ def _in_one_line(config: Config, out: Path) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise RunError(
-            f"the device has too little memory for this step: lower train.micro_batch_size "
-            f"(now {config.train.micro_batch_size or 'all at once'}), or set train.remat = 'full' (now "
-            f"{config.train.remat!r})"
-        ) from error
+        raise RunError(out_of_memory(config)) from error
 
 
 class _Session:
