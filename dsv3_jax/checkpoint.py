@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import threading
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -252,7 +253,7 @@ class CheckpointWriter:
 
     def _failed(self, step: int, partial: Path, error: Exception) -> CheckpointError:
         if self._primary:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
         newest = newest_checkpoint(self.folder)
         kept = f"the newest complete one is {newest}" if newest else "there is no complete one yet"
         reason = _one_line(error)
@@ -275,6 +276,15 @@ def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     """Leaves by name, such as ``params/trunk/norm/scale``, and the structure."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}, structure
+
+
+def _remove(folder: Path) -> None:
+    """Delete a failed save. Of its parallel writes some may still make files while others have already failed."""
+    for _ in range(40):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
 
 
 def _match(path: Path, stored: dict[str, Any], wanted: dict[str, Any], partial: bool) -> None:
