@@ -25,8 +25,9 @@ help:
 
 setup: $(DEV)
 
+# XLA's temporaries in huge pages, where glibc can: a quarter faster on a CPU (LOG.md).
 train: $(BASE)
-	$(BIN)/dsv3 train tiny --out runs/tiny $(TRAIN_ARGS)
+	GLIBC_TUNABLES=$${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} $(BIN)/dsv3 train tiny --out runs/tiny $(TRAIN_ARGS)
 
 test: $(DEV)
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
