@@ -279,11 +279,12 @@ def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a failed save. Of its parallel writes some may still make files while others have already failed."""
-    for _ in range(40):
+    """Delete a failed save, whose parallel writes may still make files for a moment after one of them has failed.
+
+    What lands later than that stays hidden, and the next writer clears it away.
+    """
+    for _ in range(4):
         shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
         time.sleep(0.05)
 
 
