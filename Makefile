@@ -25,7 +25,7 @@ help:
 
 setup: $(DEV)
 
-# XLA's temporaries in huge pages, where glibc can: a quarter faster on a CPU (LOG.md).
+# Huge pages for malloc, where glibc can: about a fifth less time a step on a CPU (LOG.md).
 train: $(BASE)
 	GLIBC_TUNABLES=$${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} $(BIN)/dsv3 train tiny --out runs/tiny $(TRAIN_ARGS)
 

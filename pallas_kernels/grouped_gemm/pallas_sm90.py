@@ -56,7 +56,7 @@ class Tiling:
 
 
 _WGRAD_TILING = Tiling(tile_n=128, stages=5, width=8, ping_pong=True)
-"""Float32 results are twice as wide: taking turns hides their store (3 to 4% on an H200, docs/performance.md)."""
+"""Float32 results are twice as wide: taking turns hides their store (2.5 to 3% on an H200, docs/performance.md)."""
 
 
 class _Tile(NamedTuple):
