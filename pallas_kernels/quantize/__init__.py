@@ -1,0 +1,1 @@
+"""FP8 quantization of activations, gradients and weights, with a scale for each tile of 128."""
