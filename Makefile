@@ -8,17 +8,19 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What is installed: the package alone is enough to train; tests, lint and notebooks want the development extra.
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
+# The tests' other implementation, torch and transformers, has an environment of its own: .venv-oracle, Python 3.11.
 
 WORKERS ?= 2
 PYTEST_ARGS ?=
 TRAIN_ARGS ?=
 
-.PHONY: help setup train test lint types notebooks
+.PHONY: help setup oracle train test lint types notebooks
 
 help:
 	@echo "make train      train the small default model on real text, with plots and a sample, in runs/tiny"
 	@echo "make test       run the tests"
 	@echo "make setup      make the environment with everything for development"
+	@echo "make oracle     make the environment of the tests against torch and transformers (make test tries to)"
 	@echo "make lint       ruff"
 	@echo "make types      pyright"
 	@echo "make notebooks  run every notebook"
@@ -29,7 +31,11 @@ setup: $(DEV)
 train: $(BASE)
 	GLIBC_TUNABLES=$${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} $(BIN)/dsv3 train tiny --out runs/tiny $(TRAIN_ARGS)
 
+oracle:
+	@sh .ci/make-oracle
+
 test: $(DEV)
+	@sh .ci/make-oracle --try
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(DEV)
