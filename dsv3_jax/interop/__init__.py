@@ -1,0 +1,1 @@
+"""Weights in and out: the Hugging Face layout, PyTorch files, and ours."""
