@@ -7,7 +7,6 @@ import os
 import shutil
 import threading
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 
@@ -154,13 +153,14 @@ class RowWriter:
         """Closes the files unfinished; a later writer can resume."""
         self._handles.close()
 
-    def __enter__(self) -> Self:
+    def __enter__[T](self: T) -> T:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
+        try:
+            if kind is None:
+                self.close()
+        finally:
             self.abandon()
 
     def _checksum(self, data: memoryview) -> int | None:

@@ -13,7 +13,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 
@@ -186,7 +185,7 @@ class WeightsFolder:
         """Closes the files; a later read opens them again."""
         self._handles.close()
 
-    def __enter__(self) -> Self:
+    def __enter__[T](self: T) -> T:
         return self
 
     def __exit__(self, *_: object) -> None:
