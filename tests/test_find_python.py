@@ -10,9 +10,9 @@ import pytest
 SCRIPT = Path(__file__).resolve().parent.parent / ".ci" / "find-python"
 
 
-def search(folder, **variables):
+def search(folder, *version, **variables):
     environment = {"PATH": f"{folder}{os.pathsep}/usr/bin{os.pathsep}/bin", "HOME": str(folder), **variables}
-    return subprocess.run(["sh", str(SCRIPT)], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(["sh", str(SCRIPT), *version], env=environment, capture_output=True, text=True, check=False)
 
 
 def command(folder, name, text):
@@ -62,3 +62,15 @@ def test_a_version_managers_own_folder_is_looked_into(broken):
     folder.mkdir(parents=True)
     command(folder, "python", f'exec "{sys.executable}" "$@"')
     assert search(broken).returncode == 0
+
+
+def test_a_wanted_version_is_the_only_one_taken(broken):
+    command(broken, "python3", f'exec "{sys.executable}" "$@"')
+    found = search(broken, f"3.{sys.version_info.minor}")
+    assert found.returncode == 0
+    version = subprocess.run([found.stdout.strip(), "--version"], capture_output=True, text=True, check=True).stdout
+    assert version.startswith(f"Python 3.{sys.version_info.minor}.")
+    missing = search(broken, "3.99")
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert "ORACLE_PYTHON" in missing.stderr
+    assert "python3.99-venv" in missing.stderr
