@@ -30,6 +30,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from dsv3_jax.chunks import CHUNK_BYTES, stacked_axes
+
 _CHECKSUM_LIMIT = 8 * 2**30
 """Bytes up to which a checkpoint's files get checksums; larger ones are compared by size alone."""
 
@@ -96,6 +98,24 @@ def verify(path: Path) -> dict[str, Any]:
     if fault:
         raise _damaged(path, fault)
     return manifest
+
+
+def write_manifest(path: Path, arrays: Mapping[str, Mapping[str, Any]]) -> None:
+    """Seal a checkpoint: ``manifest.json`` of its arrays (shape and dtype by name) and of every file now in it."""
+    told = {"arrays": dict(arrays), "files": _inventory(path)}
+    _write_synced(path / "manifest.json", json.dumps(told, indent=1))
+
+
+def stored_arrays(path: Path) -> dict[str, dict[str, Any]]:
+    """Shape and dtype of every array of a checkpoint, by name, as its manifest has them.
+
+    Raises:
+        CheckpointError: the manifest is missing or broken.
+    """
+    try:
+        return json.loads((path / "manifest.json").read_text(encoding="utf-8"))["arrays"]
+    except (OSError, ValueError, KeyError) as error:
+        raise _damaged(path, f"manifest.json cannot be read ({_one_line(error)})") from error
 
 
 def restore(path: Path, abstract: Any, *, partial: bool = False) -> Any:
@@ -208,7 +228,8 @@ class CheckpointWriter:
             if self._primary:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
-            self._orbax.save(partial / "state", args=ocp.args.PyTreeSave(stored))
+            cuts = {name: _save_args(leaf) for name, leaf in stored.items()}
+            self._orbax.save(partial / "state", args=ocp.args.PyTreeSave(stored, save_args=cuts))
         except (OSError, ValueError) as error:
             raise self._failed(step, partial, error) from error
         self._thread = threading.Thread(
@@ -242,9 +263,7 @@ class CheckpointWriter:
                 shutil.copyfile(self._tokenizer, partial / "tokenizer.json")
             for name, text in texts.items():
                 (partial / name).write_text(text, encoding="utf-8")
-            _write_synced(
-                partial / "manifest.json", json.dumps({"arrays": shapes, "files": _inventory(partial)}, indent=1)
-            )
+            write_manifest(partial, shapes)
             self._prune()
             partial.rename(final)
             _sync_folder(self.folder)
@@ -276,6 +295,12 @@ def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     """Leaves by name, such as ``params/trunk/norm/scale``, and the structure."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}, structure
+
+
+def _save_args(leaf: Any) -> ocp.SaveArgs:
+    """Cuts a large array so that a slice can be read without the rest of it."""
+    axes = stacked_axes(leaf.shape, leaf.dtype.itemsize)
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=axes)
 
 
 def _remove(folder: Path) -> None:

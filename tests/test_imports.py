@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("pallas_kernels", "sharding", "dsv3_jax")
 
 # Each room of dsv3_jax may read itself and the rooms named here; rooms are files or folders of that name.
-_TRUNK = ("config", "nn", "model", "checkpoint", "interop", "inference", "train")
+_TRUNK = ("config", "nn", "model", "chunks", "checkpoint", "orbax_store", "interop", "inference", "train")
 ROOMS = {room: set(_TRUNK[:i]) for i, room in enumerate(_TRUNK)}
 ROOMS["posttrain"] = ROOMS["evals"] = set(_TRUNK)
 ROOMS["cli"] = {*_TRUNK, "posttrain", "evals"}
