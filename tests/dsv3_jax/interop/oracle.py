@@ -12,8 +12,8 @@ given config.json as it is), ``dtype`` and ``dequantize`` (read: bfloat16; FP8 w
 ``refused``: it must be refused, and its out is the message, as text. A job that fails ends the process with one line.
 
 Answers are ``tokens``, ``logits`` [B, T, V] float32, ``prompt``, ``greedy`` [B, n], ``greedy_margin`` (the least gap
-between best and second-best logit of a greedy step) and, where the config has MTP, ``mtp_logits`` [B, T-1, V]: row i has
-read token i + 1 and predicts token i + 2.
+between best and second-best logit of a greedy step) and, where the config has MTP, ``mtp_logits`` [B, T-1, V]: row i
+has read token i + 1 and predicts token i + 2.
 
 DeepSeekMoE-16B (model_type "deepseek") has no class in transformers. Its arithmetic has: the text model of
 DeepSeek-OCR 2 is llama attention with DeepSeekMoE layers (softmax, greedy, no normalization, shared experts). A head is
