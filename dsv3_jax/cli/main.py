@@ -12,6 +12,7 @@ from dsv3_jax.config.loader import nearest
 COMMANDS = {
     "train": "train a preset, or go on with a run, with plots and a sample at the end",
     "generate": "write text with a trained model",
+    "convert": "bring weights in and out: Hugging Face folders, our checkpoints, PyTorch files",
     "info": "print a preset's parameters, FLOPs and cache bytes per token",
     "bench": "measure a training step: time, tokens/s, FLOP/s and memory",
 }

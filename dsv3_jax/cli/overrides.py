@@ -76,13 +76,27 @@ def parse_options[T](prog: str, argv: Sequence[str], description: str, options: 
         ConfigError: an unknown or missing flag, a stray word, or a value of the wrong kind; one line.
         SystemExit: with status 0, after printing ``--help``.
     """
+    return parse_words(prog, argv, description, options, ())[1]
+
+
+def parse_words[T](
+    prog: str, argv: Sequence[str], description: str, options: type[T], names: Sequence[str]
+) -> tuple[list[str], T]:
+    """``WORD... [--option value]`` of a command that takes the words ``names``, no more and no fewer.
+
+    Raises:
+        ConfigError: as :func:`parse_options`, or another number of words.
+        SystemExit: with status 0, after printing ``--help``.
+    """
     own = _flags(options)
     if _wants_help(argv):
-        _print_help(prog, description, options, None)
+        _print_help(" ".join([prog, *names]), description, options, None)
     words, values = _split(prog, argv, own)
-    if words:
-        raise ConfigError(f"{words[0]!r} is not expected; see `{prog} --help`")
-    return _own_options(options, own, values)
+    if len(words) > len(names):
+        raise ConfigError(f"{words[len(names)]!r} is not expected; see `{prog} --help`")
+    if len(words) < len(names):
+        raise ConfigError(f"{names[len(words)]} is missing: {' '.join([prog, *names])}; see `{prog} --help`")
+    return words, _own_options(options, own, values)
 
 
 def _own_options[T](options: type[T], own: Mapping[str, _Flag], values: Mapping[str, Any]) -> T:

@@ -1,0 +1,122 @@
+"""``from_pretrained`` and ``save_pretrained``: a model from a folder and into one."""
+
+import uuid
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+
+from dsv3_jax.config import Config, ConfigError
+from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.interop.checkpoint_choice import Weights
+from dsv3_jax.interop.convert import Options, check_destination, write_weights
+from dsv3_jax.interop.folder_files import tokenizer_texts
+from dsv3_jax.interop.hf_config import WeightsDtype
+from dsv3_jax.interop.leaves import Placement, load_leaves
+from dsv3_jax.interop.names import tensors
+from dsv3_jax.interop.opened import Opened, open_weights
+from dsv3_jax.interop.source import TreeSource
+from dsv3_jax.model import DeepSeekV3, Tree, abstract_model, merge_model, split_model
+
+
+class Pretrained(NamedTuple):
+    """A model ready to use."""
+
+    model: DeepSeekV3
+    config: Config
+    """Of a run, the run's own; of a Hugging Face folder, its architecture with the defaults of everything else."""
+    tokenizer: Tokenizer | None
+    """None where the folder has no tokenizer.json."""
+
+
+def from_pretrained(
+    path: str | Path,
+    *,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    step: int | None = None,
+    weights: Weights = "params",
+    placement: Placement | None = None,
+    allow_pickle: bool = False,
+) -> Pretrained:
+    """Model, configuration and tokenizer of a Hugging Face folder or of a run of ``dsv3 train``.
+
+    Args:
+        path: Hugging Face folder (V3, R1 and what shares their ``model_type``, V2, V2-Lite, DeepSeekMoE, llama layout;
+            float32, bfloat16, float16 or block FP8), run folder, or one checkpoint of a run.
+        dtype: type of the parameters; FP8 is multiplied out in float32 and then cast. Selection biases stay float32.
+        step: of a run, the checkpoint to read; None is the newest.
+        weights: of a run: ``params`` as trained, ``ema`` their moving average, ``best`` those of the checkpoint with
+            the lowest validation.
+        placement: sharding of each array by its path and shape; a process reads the slices of its own devices and
+            nothing else. None puts everything on the default device.
+        allow_pickle: read ``pytorch_model.bin`` where there are no safetensors; nothing in it is run.
+
+    Raises:
+        ConfigError: the folder, the checkpoint or what was asked of it is not there, or its architecture is not ours.
+        WeightsError: tensors are missing, unexpected, damaged, or unlike what the configuration says; all of them.
+        CheckpointError: a checkpoint of ours is damaged.
+    """
+    with open_weights(Path(path), step=step, weights=weights, allow_pickle=allow_pickle) as opened:
+        leaves = load_leaves(opened, dtype=dtype, placement=placement, weights=weights)
+        text = opened.texts.get("tokenizer.json")
+        tokenizer = None if text is None else Tokenizer(text, str(opened.path / "tokenizer.json"))
+    graph, params, bias = split_model(abstract_model(opened.model))
+    filled = _filled({"params": params, "router_bias": bias}, leaves)
+    return Pretrained(merge_model(graph, filled["params"], filled["router_bias"]), opened.config, tokenizer)
+
+
+def save_pretrained(
+    model: DeepSeekV3,
+    config: Config,
+    out: str | Path,
+    *,
+    dtype: WeightsDtype = "bf16",
+    tokenizer: Tokenizer | None = None,
+    force: bool = False,
+) -> Path:
+    """Write a model as a Hugging Face folder: sharded safetensors with V3's names, and what opens them.
+
+    Args:
+        model: its arrays may lie on any devices of this process.
+        config: the model's run; its architecture becomes ``config.json``.
+        out: the new folder.
+        dtype: ``fp8`` quantizes the matrices of FP8 Linears in blocks of 128 x 128 and keeps the rest in bfloat16, as
+            the release does (spec 15).
+        tokenizer: written with V3's chat template.
+        force: replace a folder of weights that is there.
+
+    Raises:
+        ConfigError: the folder may not be written, or no published architecture computes this model.
+        WeightsError: a value that FP8 cannot hold.
+    """
+    if config.model != model.config:
+        raise ConfigError("config.model is not the configuration that the model was made with")
+    final = Path(out)
+    check_destination(final, force)
+    parts = split_model(model)
+    leaves = _by_path({"params": parts.params, "router_bias": parts.router_bias})
+    opened = Opened(
+        path=final,
+        kind="memory",
+        source=TreeSource(leaves),
+        tensors=tensors(config.model),
+        config=config,
+        step=0,
+        tokens=0,
+        chunk_rows={},
+        texts={} if tokenizer is None else tokenizer_texts(tokenizer, config.model.max_position_embeddings),
+        identity=uuid.uuid4().hex,
+    )
+    write_weights(opened, final, Options(to="hf", dtype=dtype, force=force), lambda phase, done, total: None)
+    return final
+
+
+def _by_path(tree: Tree) -> dict[str, jax.Array]:
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
+
+
+def _filled(tree: Tree, leaves: dict[str, jax.Array]) -> Tree:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: leaves[jax.tree_util.keystr(path, simple=True, separator="/")], tree
+    )
