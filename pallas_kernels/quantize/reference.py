@@ -108,6 +108,19 @@ def quantize_blocks(w: Float[Array, "*lead R C"], power_of_two: bool = False) ->
     return Blocks(q, scale)
 
 
+def quantize_both(x_MK: Float[Array, "M K"], power_of_two: bool = False) -> tuple[Tiles, Tiles]:
+    """The row-wise and the transposed form."""
+    return quantize_rows(x_MK, power_of_two), quantize_columns(x_MK, power_of_two)
+
+
+def quantize_weight(
+    w_GKN: Float[Array, "G K N"], power_of_two: bool = False
+) -> tuple[Float8e4m3fn[Array, "G K N"], Float8e4m3fn[Array, "G N K"], Float32[Array, "G KB NB"]]:
+    """The blocks of each weight, the codes also transposed."""
+    q_GKN, scale = quantize_blocks(w_GKN, power_of_two)
+    return q_GKN, q_GKN.mT, scale
+
+
 def dequantize_rows(
     q_MK: Float8e4m3fn[Array, "M K"], scale: Float32[Array, "KB M"], dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Float[Array, "M K"]:
