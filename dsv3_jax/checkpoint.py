@@ -299,8 +299,9 @@ def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
 
 def _save_args(leaf: Any) -> ocp.SaveArgs:
     """Cuts a large array so that a slice can be read without the rest of it."""
-    axes = stacked_axes(leaf.shape, leaf.dtype.itemsize)
-    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=axes)
+    if leaf.nbytes <= CHUNK_BYTES:
+        return ocp.SaveArgs()
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=stacked_axes(leaf.shape, leaf.dtype.itemsize))
 
 
 def _remove(folder: Path) -> None:

@@ -127,7 +127,7 @@ def _cpu() -> Any:
 
 
 class Buffers:
-    """``count`` page-aligned buffers of ``nbytes`` and a page each, mapped when first needed; who finds none left waits."""
+    """``count`` page-aligned buffers of ``nbytes`` and a page, mapped when first needed; who finds none waits."""
 
     def __init__(self, nbytes: int, count: int):
         self.nbytes = _rounded(nbytes) + _PAGE
@@ -162,6 +162,9 @@ def write_file(path: Path, buffer: mmap.mmap, nbytes: int) -> None:
                 done += os.write(handle, view[done:length])
         if length != nbytes:
             os.ftruncate(handle, nbytes)
+    except OSError:
+        partial.unlink()
+        raise
     finally:
         os.close(handle)
     partial.rename(path)

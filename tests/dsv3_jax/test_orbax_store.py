@@ -51,6 +51,8 @@ def _written(folder, values=VALUES):
         if value.ndim <= 2:
             writer.write(name, (), value)
     writer.finish()
+    chunks = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.name.replace(".", "").isdigit()}
+    assert writer.checksums == {name: checkpoint._crc32(p) for name, p in chunks.items()}
     return folder
 
 
