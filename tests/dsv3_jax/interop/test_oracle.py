@@ -36,7 +36,7 @@ def test_a_folder_read_again_is_the_same_model(name, hf_families):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_answers_tell_models_apart(name, hf_families):
     family = hf_families[name]
-    assert family.answers["logits"].std() > 0.5
+    assert family.answers["logits"].std() > 0.25
     assert family.answers["greedy_margin"] > 1e-4, "a greedy step is decided by rounding: take another seed"
     assert len(np.unique(family.answers["greedy"])) > 4
     assert ("mtp_logits" in family.answers) == bool(family.config.get("num_nextn_predict_layers"))
