@@ -1,0 +1,95 @@
+"""Times the dense FP8 products at the shapes of DeepGEMM's tables, against its figures and XLA's bfloat16 product.
+
+    MOSAIC_GPU_DUMP_PTXAS=1 python -m pallas_kernels.fp8_gemm.bench [--sweep] [--json FILE] [--case PART ...]
+        [--seconds LIMIT] [--no-xla]
+
+Burst is CUPTI's kernel time after a rest with inputs out of the cache, sustained is 150 ms of calls back to back that
+rotate over 200 MB of inputs. ``x`` after a figure: DeepGEMM's time over ours (above 1 is faster). Spilled registers are
+reported where the environment variable is set.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.fp8_gemm import cases, measure, pallas_sm90, reference
+from pallas_kernels.fp8_gemm.product_sm90 import Tiling
+from pallas_kernels.fp8_gemm.tiles import deepened
+
+
+def tilings(case: cases.Case) -> list[Tiling]:
+    """What ``--sweep`` tries besides the default."""
+    if case.operation == "wgrad":
+        made = [
+            Tiling(unroll=1),
+            Tiling(unroll=2, cluster=2),
+            Tiling(unroll=1, cluster=2),
+            Tiling(unroll=1, block_n=192),
+        ]
+        return [deepened(tiling, column_scales=True, out_bytes=4) for tiling in made]
+    if case.rows > 128:
+        made = [
+            Tiling(unroll=1, cluster=2),
+            Tiling(unroll=2, cluster=2),
+            Tiling(unroll=4, cluster=2),
+            Tiling(unroll=2),
+            Tiling(unroll=2, cluster=2, minor=0, width=16),
+            Tiling(unroll=1, block_n=192, cluster=2),
+        ]
+        if case.columns % 128:
+            made += [Tiling(unroll=1, block_n=176, cluster=2), Tiling(unroll=2, block_n=96, cluster=2)]
+        return [deepened(tiling) for tiling in made]
+    wide = case.columns >= 16384
+    widths = (96, 128, 192) if wide else (16, 32, 64)
+    warpgroups = 1 if case.rows <= 64 else 2
+    made = [Tiling(unroll=1 if n > 128 else 4, block_n=n, warpgroups=warpgroups) for n in widths]
+    made += [Tiling(unroll=4, block_n=n, warpgroups=warpgroups, cluster=2, share="a") for n in widths[:2]]
+    if case.rows > 64:
+        made += [Tiling(unroll=4, block_n=n, warpgroups=1, cluster=2) for n in widths[1:] if n <= 128]
+    return [deepened(tiling) for tiling in made]
+
+
+def work(case: cases.Case) -> measure.Work:
+    """The case as the bench measures it."""
+    m, n, k = case.rows, case.columns, case.dim_k
+    wgrad = case.operation == "wgrad"
+
+    def make(key: Array) -> tuple[Array, ...]:
+        keys = jax.random.split(key, 4)
+        if wgrad:
+            a, b = measure.e4m3(keys[0], (k, m)), measure.e4m3(keys[1], (n, m))
+            return a, measure.scales(keys[2], (m // 128, k)), b, measure.scales(keys[3], (m // 128, n))
+        a, b = measure.e4m3(keys[0], (m, k)), measure.e4m3(keys[1], (n, k))
+        return a, measure.scales(keys[2], (k // 128, m)), b, measure.scales(keys[3], (-(-n // 128), k // 128))
+
+    def kernel(tiling: Tiling | None, operands: measure.Operands, into: Array | None) -> Array:
+        if wgrad:
+            return pallas_sm90.wgrad(*operands, into=into, tiling=tiling)
+        return pallas_sm90.gemm(*operands, tiling=tiling)
+
+    return measure.Work(
+        name=case.name,
+        flops=case.flops,
+        moved_bytes=case.moved_bytes,
+        make=make,
+        into=(lambda: jnp.ones((k, n), jnp.float32)) if wgrad else None,
+        kernel=kernel,
+        reference=reference.fp8_wgrad if wgrad else reference.fp8_gemm,
+        peer_us=case.peer_us,
+        peer_burst_us=case.peer_burst_us,
+        dense=(k, n, m) if wgrad else (m, n, k),
+        column_scales=wgrad,
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    options = measure.parser(__doc__, [case.name for case in cases.BENCHED]).parse_args(arguments)
+    bench = measure.Bench(options)
+    for case in cases.BENCHED:
+        if bench.chosen(case.name):
+            bench.run(work(case), [None, *(tilings(case) if options.sweep else [])])
+
+
+if __name__ == "__main__":
+    main()

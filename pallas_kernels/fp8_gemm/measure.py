@@ -1,0 +1,273 @@
+"""What the benches of the FP8 products share: tilings compiled at once, checked, timed in a burst and under load."""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from pallas_kernels.fp8_gemm.product_sm90 import Tiling
+
+ROTATED_BYTES = 200 * 10**6
+"""Inputs that calls rotate over: more than three times an H200's L2 cache."""
+LOAD_SECONDS = 0.15
+_FEWEST_MICROSECONDS = 400
+_QUICK_COMPILE: dict[str, Any] = {"xla_gpu_autotune_level": 0}
+
+Operands = tuple[Array, ...]
+
+
+@dataclasses.dataclass
+class Work:
+    """One case for the bench.
+
+    Attributes:
+        name: of the case.
+        flops: useful operations of a call.
+        moved_bytes: bytes that a call must move.
+        make: seed -> random operands, made on the device.
+        into: makes the array that a call adds to, or None.
+        kernel: (tiling or None for the default, operands, into) -> result.
+        reference: operands -> the float32 result, by the portable implementation.
+        peer_us: DeepGEMM, sustained.
+        peer_burst_us: DeepGEMM, kernel time with a cold L2.
+        dense: bfloat16 operands' shapes (rows, columns, contraction) of one product of the size, for XLA's time.
+        column_scales: whether the kernel is the one with two scale vectors.
+    """
+
+    name: str
+    flops: int
+    moved_bytes: int
+    make: Callable[[Array], Operands]
+    into: Callable[[], Array] | None
+    kernel: Callable[[Tiling | None, Operands, Array | None], Array]
+    reference: Callable[..., Array]
+    peer_us: float | None
+    peer_burst_us: float | None
+    dense: tuple[int, int, int]
+    column_scales: bool = False
+
+
+def parser(doc: str | None, names: Sequence[str]) -> argparse.ArgumentParser:
+    """The command line of a bench over the named cases."""
+    made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    made.add_argument("--json", type=Path, help="write all results there, again after every row")
+    made.add_argument("--case", nargs="+", help=f"only cases whose name holds one of these; all: {', '.join(names)}")
+    made.add_argument("--sweep", action="store_true", help="try other tilings too")
+    made.add_argument("--seconds", type=float, default=math.inf, help="begin no case after this long")
+    made.add_argument("--no-xla", action="store_true", help="leave out XLA's bfloat16 product")
+    return made
+
+
+class Bench:
+    """Measures works and prints and keeps a row for each tiling; what fails is a row too."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.began = options, time.monotonic()
+        self.rows: list[dict[str, Any]] = []
+        print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
+
+    def chosen(self, name: str) -> bool:
+        """Whether the options ask for the case and there is time left to begin it."""
+        if time.monotonic() - self.began > self.options.seconds:
+            return False
+        return not self.options.case or any(part in name for part in self.options.case)
+
+    def keep(self, row: dict[str, Any]) -> None:
+        """Prints a row and writes all of them."""
+        self.rows.append(row)
+        print(_line(row), flush=True)
+        if self.options.json is not None:
+            self.options.json.write_text(json.dumps(self.rows, indent=1))
+
+    def run(self, work: Work, tilings: Sequence[Tiling | None]) -> None:
+        """The case with every tiling, the default (None) first."""
+        try:
+            self._run(work, tilings)
+        except Exception as error:  # what does not fit must not end the bench
+            self.keep({"case": work.name, "tiling": "all", "failed": f"{type(error).__name__}: {error}"[:300]})
+
+    def _run(self, work: Work, tilings: Sequence[Tiling | None]) -> None:
+        keys = jax.random.split(jax.random.key(0), 64)
+        make = jax.jit(work.make)
+        first = make(keys[0])
+        expected = jax.jit(work.reference, compiler_options=_QUICK_COMPILE)(*first)
+        xla_us = None if self.options.no_xla else _dense_microseconds(*work.dense)
+        input_bytes = sum(x.nbytes for x in first)
+        floor_us = max(work.flops / 1.4e9, work.moved_bytes / 4.2e6)
+        count = max(math.ceil(ROTATED_BYTES / input_bytes), min(48, math.ceil(_FEWEST_MICROSECONDS / floor_us)))
+        sets = [first] + [make(key) for key in keys[1:count]]
+        compiled, reports = _compile_all(work, tilings, sets)
+        for tiling, (function, failure) in zip(tilings, compiled, strict=True):
+            row: dict[str, Any] = {"case": work.name, "tiling": "default" if tiling is None else _short(tiling)}
+            if function is None:
+                self.keep(row | {"failed": failure})
+                continue
+            try:
+                intos = None if work.into is None else [work.into() for _ in sets]
+                outs = function(sets, intos)
+                start = 0.0 if work.into is None else work.into()
+                row["calc_diff"] = _device_calc_diff(outs[0], expected + start)
+                del start
+                if tiling is not None and (name := tiling.name(work.column_scales)) in reports:
+                    row["spilled_bytes"] = reports[name]
+                row["us"], outs = _burst(function, sets, outs if intos else None, outs)
+                row["sustained_us"], outs = _sustained(function, sets, outs if intos else None)
+                for prefix, peer in (("", work.peer_burst_us), ("sustained_", work.peer_us)):
+                    row[f"{prefix}tflops"] = work.flops / row[f"{prefix}us"] / 1e6
+                    row[f"{prefix}gbs"] = work.moved_bytes / row[f"{prefix}us"] / 1e3
+                    row[f"{prefix}to_peer"] = peer / row[f"{prefix}us"] if peer else None
+                row["sustained_to_xla"] = xla_us / row["sustained_us"] if xla_us else None
+                del outs
+            except Exception as error:
+                row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            self.keep(row)
+
+
+def _compile_all(work: Work, tilings: Sequence[Tiling | None], sets: list[Operands]) -> tuple[list[Any], dict]:
+    """Every tiling's function over all sets, compiled at once, and ptxas's spilled bytes by kernel name."""
+
+    def build(tiling: Tiling | None) -> tuple[Any, str]:
+        one = jax.jit(lambda operands, into: work.kernel(tiling, operands, into))
+
+        def over_all(sets: list[Operands], intos: list[Array] | None) -> list[Array]:
+            return [one(operands, None if intos is None else intos[i]) for i, operands in enumerate(sets)]
+
+        function = jax.jit(over_all, donate_argnums=1)
+        intos = None if work.into is None else [jax.eval_shape(work.into)] * len(sets)
+        try:
+            return function.lower(sets, intos).compile(), ""
+        except Exception as error:
+            return None, f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+    with _CapturedOutput() as captured, concurrent.futures.ThreadPoolExecutor(8) as pool:
+        compiled = list(pool.map(build, tilings))
+        for function, _ in compiled:  # some of the compilation waits for the first call
+            if function is not None:
+                intos = None if work.into is None else [work.into() for _ in sets]
+                jax.block_until_ready(function(sets, intos))
+    return compiled, spilled_bytes(captured.text)
+
+
+def spilled_bytes(report: str) -> dict[str, int]:
+    """Bytes of spill stores and loads by kernel, from what ptxas prints under ``MOSAIC_GPU_DUMP_PTXAS=1``."""
+    found = {}
+    pattern = r"Function properties for (\w+?)(?:_mosaic_gpu_kernel)?\n.*?(\d+) bytes spill stores, (\d+) bytes spill"
+    for name, stores, loads in re.findall(pattern, report):
+        found[name] = int(stores) + int(loads)
+    return found
+
+
+class _CapturedOutput:
+    """What C++ code writes to standard output and error meanwhile, in ``text``; goes nowhere else."""
+
+    def __enter__(self) -> "_CapturedOutput":
+        self._file = tempfile.TemporaryFile()
+        self._saved = [(fd, os.dup(fd)) for fd in (1, 2)]
+        for fd, _ in self._saved:
+            os.dup2(self._file.fileno(), fd)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd, saved in self._saved:
+            os.dup2(saved, fd)
+            os.close(saved)
+        self._file.seek(0)
+        self.text = self._file.read().decode(errors="replace")
+        self._file.close()
+
+
+def _device_calc_diff(got: Array, expected: Array) -> float:
+    """``calc_diff`` with sums by row on the device, in float64 from there; NaN where a value is not finite."""
+
+    @jax.jit
+    def sums(x: Array, y: Array) -> tuple[Array, Array]:
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        return (x * y).sum(-1), (x * x + y * y).sum(-1)
+
+    product, energy = (np.asarray(s, np.float64).sum() for s in sums(got, expected))
+    return float(1.0 - 2.0 * product / energy)
+
+
+def _burst(function: Any, sets: list[Operands], intos: Any, outs: Any) -> tuple[float, Any]:
+    """Device time of a call after a rest (CUPTI), microseconds; each finds its inputs out of the cache."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    jax.block_until_ready(outs)
+    time.sleep(0.15)
+    outs, milliseconds = profiler.Cupti(finalize=False).measure(function)(sets, intos)
+    if not milliseconds:
+        raise RuntimeError("CUPTI reported no kernel")
+    return 1e3 * milliseconds / len(sets), outs
+
+
+def _sustained(function: Any, sets: list[Operands], intos: Any) -> tuple[float, Any]:
+    """Time of a call among calls back to back for ``LOAD_SECONDS``, microseconds."""
+
+    def several(rounds: int, intos: Any) -> tuple[float, Any]:
+        outs = intos
+        start = time.perf_counter()
+        for _ in range(rounds):
+            outs = function(sets, intos)
+            intos = None if intos is None else outs
+        jax.block_until_ready(outs)
+        return time.perf_counter() - start, outs
+
+    seconds, outs = several(2, intos)
+    rounds = max(3, round(LOAD_SECONDS / (seconds / 2)))
+    seconds, outs = several(rounds, None if intos is None else outs)
+    return 1e6 * seconds / rounds / len(sets), outs
+
+
+def _dense_microseconds(rows: int, columns: int, contraction: int) -> float:
+    """Sustained time of XLA's bfloat16 product (cuBLAS) of this size, microseconds."""
+    a_bytes = 2 * contraction * (rows + columns)
+    count = min(48, max(1, math.ceil(ROTATED_BYTES / a_bytes)))
+    keys = jax.random.split(jax.random.key(1), 2 * count)
+    sets = [
+        (
+            jax.random.normal(keys[2 * i], (rows, contraction), jnp.bfloat16),
+            jax.random.normal(keys[2 * i + 1], (columns, contraction), jnp.bfloat16),
+        )
+        for i in range(count)
+    ]
+    over_all = jax.jit(lambda sets: [jnp.einsum("mk,nk->mn", a, b) for a, b in sets])
+    return _sustained(lambda sets, _: over_all(sets), sets, None)[0]
+
+
+def _short(tiling: Tiling) -> str:
+    return tiling.name(False).removeprefix("fp8_")
+
+
+def _line(row: dict[str, Any]) -> str:
+    line = f"{row['case']:<28} {row['tiling']:<24}"
+    if "failed" in row:
+        return f"{line} failed: {row['failed']}"
+    for prefix, word in (("", "burst"), ("sustained_", "sustained")):
+        line += f" {word} {row[f'{prefix}us']:7.1f} us {row[f'{prefix}tflops']:5.0f} TF {row[f'{prefix}gbs']:5.0f} GB/s"
+        line += f" {row[f'{prefix}to_peer']:.2f}x" if row[f"{prefix}to_peer"] else ""
+    line += f" xla {row['sustained_to_xla']:.2f}x" if row["sustained_to_xla"] else ""
+    line += f" diff {row['calc_diff']:.1e}"
+    return line + (f" SPILLED {row['spilled_bytes']}" if row.get("spilled_bytes") else "")
+
+
+def e4m3(key: Array, shape: tuple[int, ...]) -> Array:
+    """Random normal values quantized as tiles of 128 are: the largest of 128 at 448."""
+    return (jax.random.normal(key, shape, jnp.float32) * (448 / 2.7)).clip(-448, 448).astype(jnp.float8_e4m3fn)
+
+
+def scales(key: Array, shape: tuple[int, ...]) -> Array:
+    """Random float32 scales, within a factor of four."""
+    return jax.random.uniform(key, shape, jnp.float32, 0.5, 2.0) * (2.7 / 448)
