@@ -30,7 +30,10 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from dsv3_jax.chunks import CHUNK_BYTES, stacked_axes
+from dsv3_jax.chunks import stacked_axes
+
+_CHUNK_BYTES = 8 * 2**20
+"""Largest piece of an array that is compressed, and later decompressed, at once; a reader holds several copies."""
 
 _CHECKSUM_LIMIT = 8 * 2**30
 """Bytes up to which a checkpoint's files get checksums; larger ones are compared by size alone."""
@@ -299,9 +302,10 @@ def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
 
 def _save_args(leaf: Any) -> ocp.SaveArgs:
     """Cuts a large array so that a slice can be read without the rest of it."""
-    if leaf.nbytes <= CHUNK_BYTES:
+    if leaf.nbytes <= _CHUNK_BYTES:
         return ocp.SaveArgs()
-    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=stacked_axes(leaf.shape, leaf.dtype.itemsize))
+    axes = stacked_axes(leaf.shape, leaf.dtype.itemsize, _CHUNK_BYTES)
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=axes)
 
 
 def _remove(folder: Path) -> None:

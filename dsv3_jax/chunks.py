@@ -84,7 +84,7 @@ def _piece(length: int, most: int, align: int, *, exact: bool) -> int:
     return rounded if rounded <= most else balanced
 
 
-def stacked_axes(shape: Sequence[int], itemsize: int, limit_bytes: int = CHUNK_BYTES) -> tuple[int, ...]:
+def stacked_axes(shape: Sequence[int], itemsize: int, limit_bytes: int) -> tuple[int, ...]:
     """Leading dims of a training checkpoint's array that Orbax must cut to one entry (``SaveArgs.shard_axes``).
 
     None for an array below the limit; else as many as it takes for the rest to be below it, but two dims stay.

@@ -20,7 +20,7 @@ class ArraysReader:
     """The arrays of an Orbax PyTree checkpoint, by slice. Threads may read at the same time.
 
     Uncompressed chunks that are files of their own are read past the page cache through ``threads`` buffers of a chunk
-    each; anything else through tensorstore, which holds a few decoded chunks for each read under way and
+    each; anything else through tensorstore, which holds a few copies of a chunk for each read under way and
     ``cache_bytes`` of those before.
 
     Raises:
@@ -96,31 +96,36 @@ class ArraysReader:
             raise ValueError(f"{name}: out is {result.dtype}{list(result.shape)}, not {spec.dtype}{list(shape)}")
         whole = with_all_dims(result, index)
         with self._faults(name):
-            if name in self._plain:
-                for number in spec.numbers(ranges):
-                    self._read_chunk(name, spec, number, ranges, whole)
-            elif result.size:
-                domain = tuple(slice(r.start, r.stop) for r in ranges)
-                copy_into(whole, np.asarray(self._stores[name][domain].read().result()))
+            read_chunk = self._read_file if name in self._plain else self._read_decoded
+            for number in spec.numbers(ranges):
+                shared = spec.region(number, ranges)
+                into = tuple(
+                    slice(low - r.start, high - r.start) for (low, high, _), r in zip(shared, ranges, strict=True)
+                )
+                read_chunk(name, spec, number, shared, whole[(*into, ...)])
         with self._lock:
             self.bytes_read += result.nbytes
         return result
 
-    def _read_chunk(
-        self, name: str, spec: ArraySpec, number: tuple[int, ...], ranges: list[range], whole: np.ndarray
+    def _read_decoded(
+        self, name: str, spec: ArraySpec, number: tuple[int, ...], shared: list[tuple[int, int, int]], into: np.ndarray
+    ) -> None:
+        domain = tuple(slice(low, high) for low, high, _ in shared)
+        copy_into(into, np.asarray(self._stores[name][domain].read().result()))
+
+    def _read_file(
+        self, name: str, spec: ArraySpec, number: tuple[int, ...], shared: list[tuple[int, int, int]], into: np.ndarray
     ) -> None:
         path = self._folder / self._stored[name] / file_name(number)
         if path.stat().st_size != spec.chunk_bytes:
             raise OSError(f"chunk {path.name} has {path.stat().st_size} bytes where {spec.chunk_bytes} belong")
-        shared = spec.region(number, ranges)
         strides = [math.prod(spec.chunks[i + 1 :]) * spec.dtype.itemsize for i in range(len(spec.chunks))]
         start = sum((low - base) * stride for (low, _, base), stride in zip(shared, strides, strict=True))
         last = sum((high - 1 - base) * stride for (_, high, base), stride in zip(shared, strides, strict=True))
         with self._buffers.take() as buffer:
             offset = read_file(path, buffer, start, last + spec.dtype.itemsize)
             found = np.ndarray([high - low for low, high, _ in shared], spec.dtype, buffer, offset, strides)
-            into = tuple(slice(low - r.start, high - r.start) for (low, high, _), r in zip(shared, ranges, strict=True))
-            copy_into(whole[(*into, ...)], found)
+            copy_into(into, found)
             del found
 
     def _spec(self, stored: str) -> dict[str, Any]:

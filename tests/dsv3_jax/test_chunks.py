@@ -49,10 +49,10 @@ def test_impossible_chunks_are_refused():
 
 
 def test_orbax_cuts_layers_then_experts_of_what_is_too_large_and_nothing_else():
-    assert stacked_axes((58, 256, 7168, 4096), 4) == (0, 1)
-    assert stacked_axes((58, 16, 512, 512), 4) == (0,)
-    assert stacked_axes((2, 4, 8, 8), 4) == ()
-    assert stacked_axes((129280, 7168), 4) == ()
+    assert stacked_axes((58, 256, 7168, 4096), 4, 2**25) == (0, 1)
+    assert stacked_axes((58, 16, 512, 512), 4, 2**25) == (0,)
+    assert stacked_axes((2, 4, 8, 8), 4, 2**25) == ()
+    assert stacked_axes((129280, 7168), 4, 2**25) == ()
 
 
 @pytest.mark.parametrize("dtype", [FP8, BF16, FP32, np.float64, np.int32])
