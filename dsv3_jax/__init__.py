@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from dsv3_jax.config import Config, ConfigError, load_config, preset_names, replace
     from dsv3_jax.data import prepare_data
     from dsv3_jax.inference.generate import generate, generate_text
-    from dsv3_jax.inference.load import load_run
+    from dsv3_jax.interop.convert import convert
+    from dsv3_jax.interop.pretrained import Pretrained, from_pretrained, save_pretrained
     from dsv3_jax.model import DeepSeekV3, abstract_model
     from dsv3_jax.planning import count_parameters, flops_per_token
     from dsv3_jax.train.state import init_state, model_of
@@ -24,42 +25,48 @@ _HOMES = {
     "Config": "config",
     "ConfigError": "config",
     "DeepSeekV3": "model",
+    "Pretrained": "interop.pretrained",
     "Run": "train.trainer",
     "abstract_model": "model",
+    "convert": "interop.convert",
     "count_parameters": "planning",
     "flops_per_token": "planning",
+    "from_pretrained": "interop.pretrained",
     "generate": "inference.generate",
     "generate_text": "inference.generate",
     "init_state": "train.state",
     "load_config": "config",
-    "load_run": "inference.load",
     "make_eval_step": "train.step",
     "make_train_step": "train.step",
     "model_of": "train.state",
     "prepare_data": "data",
     "preset_names": "config",
     "replace": "config",
+    "save_pretrained": "interop.pretrained",
 }
 
 __all__ = [
     "Config",
     "ConfigError",
     "DeepSeekV3",
+    "Pretrained",
     "Run",
     "abstract_model",
+    "convert",
     "count_parameters",
     "flops_per_token",
+    "from_pretrained",
     "generate",
     "generate_text",
     "init_state",
     "load_config",
-    "load_run",
     "make_eval_step",
     "make_train_step",
     "model_of",
     "prepare_data",
     "preset_names",
     "replace",
+    "save_pretrained",
     "train",
 ]
 

@@ -15,7 +15,7 @@ class Options:
     """Options of ``dsv3 generate``."""
 
     checkpoint: str
-    """Run folder, or one checkpoint of it (RUN/checkpoints/STEP)."""
+    """Hugging Face folder, run folder, or one checkpoint of it (RUN/checkpoints/STEP)."""
     prompt: str = ""
     """Text to go on from; give it again for more texts, written side by side. Without it standard input is read. An
     empty text starts a new document."""
@@ -34,7 +34,7 @@ class Options:
     weights: Literal["params", "ema", "best"] = "params"
     """As trained, their moving average, or those with the lowest validation."""
     precision: Literal["run", "fp32", "bf16"] = "run"
-    """Type of activations and cache; run is what the model was trained in."""
+    """Type of activations and cache; run is what the model was trained in, fp32 for a Hugging Face folder."""
     parse_special: bool = False
     """Special tokens spelled in prompts count as such."""
 
@@ -46,15 +46,18 @@ def run(argv: Sequence[str]) -> int:
     prompts = [_checked(text) for text in prompts]
     # JAX and all above it take seconds to import: mistakes on the command line are told before.
     from dsv3_jax.checkpoint import CheckpointError
-    from dsv3_jax.inference import generate_text, load_run
+    from dsv3_jax.inference import generate_text
+    from dsv3_jax.interop.pretrained import from_pretrained
 
     try:
-        model, config, tokenizer = load_run(
+        model, config, tokenizer = from_pretrained(
             options.checkpoint, step=None if options.step == -1 else options.step, weights=options.weights
         )
     except CheckpointError as error:
         print(f"dsv3: error: {error}", file=sys.stderr)
         return FAILURE
+    if tokenizer is None:
+        raise ConfigError(f"{options.checkpoint} has no tokenizer.json: put the model's own into it")
     prompts = prompts or [_read_stdin()]
     precision = config.train.precision if options.precision == "run" else options.precision
     written = generate_text(

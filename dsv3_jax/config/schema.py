@@ -198,7 +198,8 @@ class TrainConfig:
     max_nonfinite_steps: int = 10
     """Steps with a non-finite loss or gradient, one after another, that stop the run."""
     init_from: str = ""
-    """Run folder whose newest weights a new run starts from (the next phase of a recipe)."""
+    """Run folder whose newest weights a new run starts from (the next phase of a recipe), one checkpoint of it, or a
+    Hugging Face folder."""
     bigram_gate: bool = False
     """End with status 1 when validation does not beat a bigram model over the tokens that the run consumed."""
 

@@ -4,6 +4,7 @@ Conversion works on row slices of tensors that never fit in memory, so this is a
 at a multiple of 128. The numbers are those of ``pallas_kernels.quantize``, bit for bit.
 """
 
+import contextlib
 import functools
 import math
 
@@ -46,7 +47,7 @@ def dequantize(
         return np.asarray(_multiply(values, scale, dtype=jnp.dtype(dtype)))
 
 
-def _on_host() -> jax.default_device:  # type: ignore[valid-type]
+def _on_host() -> contextlib.AbstractContextManager[None]:
     return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 

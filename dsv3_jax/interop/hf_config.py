@@ -159,6 +159,8 @@ def family_of(model: ModelConfig) -> str:
         return "deepseek_v2"
     _need(not model.rope_interleave, "rope_interleave = true", "attention = 'mha'")
     _need(not model.num_nextn_predict_layers, "num_nextn_predict_layers > 0", "attention = 'mha'")
+    scaling = model.rope_scaling
+    _need(scaling.factor == 1 or not scaling.mscale_all_dim, "rope_scaling.mscale_all_dim above 0", "attention = 'mha'")
     if not model.n_routed_experts:
         return "llama"
     _need(model.scoring_func == "softmax", f"scoring_func = {model.scoring_func!r}", "attention = 'mha'")
@@ -227,7 +229,8 @@ def _v3(tree: Mapping[str, Any]) -> dict[str, Any]:
     given |= _mla(tree) | _moe(tree)
     _only(given, scoring_func=("sigmoid",), topk_method=("noaux_tc",))
     return given | {
-        "num_nextn_predict_layers": tree.get("num_nextn_predict_layers") or 0,
+        # Its own default: a folder that does not say may hold one layer or none.
+        "num_nextn_predict_layers": tree.get("num_nextn_predict_layers", 1) or 0,
         "rope_interleave": tree.get("rope_interleave", True),
     }
 
@@ -288,6 +291,12 @@ def _read_rope(tree: Mapping[str, Any]) -> tuple[float, RopeScaling]:
         raise ConfigError(f"config.json: rope_scaling of type {kind!r} is not computed here, only 'yarn'")
     if told.get("attention_factor") is not None:
         raise ConfigError("config.json: rope_scaling.attention_factor is not read here: give mscale and mscale_all_dim")
+    if told.get("truncate") is False:
+        raise ConfigError("config.json: rope_scaling.truncate = false is not computed here, only true")
+    if told.get("mscale_all_dim") and tree.get("model_type") in ("llama", "deepseek"):
+        raise ConfigError(
+            f"config.json: rope_scaling.mscale_all_dim has no meaning with model_type {tree['model_type']!r}"
+        )
     given = {name: float(told[name]) for name in _YARN if told.get(name) is not None}
     original = told.get("original_max_position_embeddings", tree.get("max_position_embeddings", 4096))
     if not (given.get("mscale") and given.get("mscale_all_dim")):

@@ -13,7 +13,7 @@ from dsv3_jax.interop.convert import Options, check_destination, write_weights
 from dsv3_jax.interop.folder_files import tokenizer_texts
 from dsv3_jax.interop.hf_config import WeightsDtype
 from dsv3_jax.interop.leaves import Placement, load_leaves
-from dsv3_jax.interop.names import tensors
+from dsv3_jax.interop.names import leaf_shapes, tensors
 from dsv3_jax.interop.opened import Opened, open_weights
 from dsv3_jax.interop.source import TreeSource
 from dsv3_jax.model import DeepSeekV3, Tree, abstract_model, merge_model, split_model
@@ -111,6 +111,30 @@ def save_pretrained(
     return final
 
 
+def load_into(path: str | Path, abstract: Tree) -> Tree:
+    """The weights of a folder as float32, for training to begin with.
+
+    Args:
+        path: what :func:`from_pretrained` reads.
+        abstract: ``{"params": ..., "router_bias": ...}`` of ``jax.ShapeDtypeStruct`` with shardings.
+
+    Raises:
+        ConfigError, WeightsError, CheckpointError: as :func:`from_pretrained`; or the folder's model has other arrays.
+    """
+    wanted = _by_path(abstract)
+    with open_weights(Path(path)) as opened:
+        there = leaf_shapes(opened.model)
+        faults = [
+            f"{leaf} is {_shape(there.get(leaf))} there and {_shape(getattr(wanted.get(leaf), 'shape', None))} here"
+            for leaf in sorted(there.keys() | wanted.keys())
+            if leaf not in wanted or there.get(leaf) != wanted[leaf].shape
+        ]
+        if faults:
+            raise ConfigError(f"{path} holds another model than this configuration's: {'; '.join(faults)}")
+        leaves = load_leaves(opened, dtype="fp32", placement=lambda leaf, shape: wanted[leaf].sharding)
+    return _filled(abstract, leaves)
+
+
 def _by_path(tree: Tree) -> dict[str, jax.Array]:
     found = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
@@ -120,3 +144,7 @@ def _filled(tree: Tree, leaves: dict[str, jax.Array]) -> Tree:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: leaves[jax.tree_util.keystr(path, simple=True, separator="/")], tree
     )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))

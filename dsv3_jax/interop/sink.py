@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from dsv3_jax.chunks import chunk_shape_for
 from dsv3_jax.config import ConfigError
 from dsv3_jax.interop.block_fp8 import BF16, E4M3, scale_rows
 from dsv3_jax.interop.names import BLOCK, Tensor, scale_leaf
+from dsv3_jax.interop.shard_writer import RowWriter
 from dsv3_jax.interop.source import F16, F32, Source, leaf_index, scale_index, widest
 from dsv3_jax.orbax_store import ArraysWriter
 
@@ -18,18 +19,7 @@ CHUNK_ELEMENTS = 2**23
 """Numbers in one chunk of our arrays, at most."""
 
 
-class RowsFile(Protocol):
-    """A folder of safetensors or of PyTorch files being written."""
-
-    def assume_written(self, name: str, start: int, stop: int) -> None:
-        """Rows that are in the file already."""
-        ...
-
-    def write_rows(self, name: str, start: int, array: np.ndarray) -> None:
-        """Write rows of a tensor at their place."""
-        ...
-
-
+@runtime_checkable
 class Sink(Protocol):
     """Takes rows of tensors, in any order and from any thread."""
 
@@ -70,7 +60,7 @@ def file_entries(
 class FileSink:
     """A Hugging Face folder, of safetensors or of PyTorch's files."""
 
-    def __init__(self, file: RowsFile, source: Source, dtype: Dtype):
+    def __init__(self, file: RowWriter, source: Source, dtype: Dtype):
         self._file, self._source = file, source
         self._dtype: Dtype = dtype
 

@@ -2,33 +2,21 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.interop.block_fp8 import BF16, E4M3, scale_rows
 from dsv3_jax.interop.names import IGNORED_ENDINGS, Tensor, scale_leaf
-from dsv3_jax.interop.tensor_io import WeightsError
+from dsv3_jax.interop.tensor_io import WeightsError, WeightsFolder
 from dsv3_jax.orbax_store import ArraysReader
 
 F32, F16 = np.dtype(np.float32), np.dtype(np.float16)
 _READABLE = (F32, BF16, F16, E4M3)
 
 
-class TensorFile(Protocol):
-    """A folder of safetensors or of PyTorch files, opened."""
-
-    @property
-    def tensors(self) -> Mapping[str, Any]:
-        """Dtype and shape of each tensor by its name."""
-        ...
-
-    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows of a tensor."""
-        ...
-
-
+@runtime_checkable
 class Source(Protocol):
     """Rows of tensors, as stored."""
 
@@ -52,7 +40,7 @@ class HFSource:
         WeightsError: tensors are missing, unexpected, or of another shape or type; names all of them.
     """
 
-    def __init__(self, folder: TensorFile, wanted: Sequence[Tensor], config: ModelConfig):
+    def __init__(self, folder: WeightsFolder, wanted: Sequence[Tensor], config: ModelConfig):
         self._folder = folder
         self.wanted, self.skipped = _present(folder.tensors, wanted, config)
         """Tensors to read, and the MTP layers' that a folder without MTP does not have."""

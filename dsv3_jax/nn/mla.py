@@ -18,6 +18,9 @@ from pallas_kernels.precision import matmul_precision
 
 AttentionForm = Literal["naive", "absorbed"]
 
+LATENT_EPS = 1e-6
+"""Epsilon of the two latent norms. Published code never gives them ``rms_norm_eps``, which Moonlight sets to 1e-5."""
+
 
 class MLA(nnx.Module):
     """Latent attention: K and V of all heads come from one latent of C numbers and one shared rotated key of R.
@@ -27,17 +30,17 @@ class MLA(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        heads, eps = config.num_attention_heads, config.rms_norm_eps
+        heads = config.num_attention_heads
         self.config = config
         self.scale = softmax_scale(config)
         query_input = config.hidden_size
         if config.q_lora_rank:
             query_input = config.q_lora_rank
             self.q_down = Linear(config, config.hidden_size, config.q_lora_rank, rngs=rngs)
-            self.q_norm = RMSNorm(config.q_lora_rank, eps)
+            self.q_norm = RMSNorm(config.q_lora_rank, LATENT_EPS)
         self.q_up = Linear(config, query_input, heads * config.qk_head_dim, rngs=rngs)
         self.kv_down = Linear(config, config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, rngs=rngs)
-        self.kv_norm = RMSNorm(config.kv_lora_rank, eps)
+        self.kv_norm = RMSNorm(config.kv_lora_rank, LATENT_EPS)
         kv_width = config.qk_nope_head_dim + config.v_head_dim
         self.kv_up = Linear(config, config.kv_lora_rank, heads * kv_width, rngs=rngs)
         self.out = Linear(config, heads * config.v_head_dim, config.hidden_size, rngs=rngs)

@@ -27,6 +27,7 @@ from dsv3_jax.checkpoint import (
 from dsv3_jax.config import Config, ConfigError, to_toml
 from dsv3_jax.data import Data, RowStream, Tokenizer, merge_states, prepare_data
 from dsv3_jax.data.baselines import predicted_bytes
+from dsv3_jax.interop.pretrained import load_into
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.train import schedule
 from dsv3_jax.train.finish import summarize
@@ -163,13 +164,12 @@ class _Session:
         state, source = init_state(self.config, self.mesh), self.config.train.init_from
         if not source:
             return state
-        newest = newest_checkpoint(Path(source) / "checkpoints")
-        if newest is None:
-            raise ConfigError(f"train.init_from = {source!r} holds no checkpoint: name the folder of a run")
         abstract = abstract_state(self.config, self.mesh)
-        wanted = {"params": abstract.params, "router_bias": abstract.router_bias}
-        given = restore(newest, wanted, partial=True)
-        self.console.print(f"weights from {newest}", highlight=False, soft_wrap=True)
+        try:
+            given = load_into(source, {"params": abstract.params, "router_bias": abstract.router_bias})
+        except ConfigError as error:
+            raise ConfigError(f"train.init_from = {source!r}: {error}") from error
+        self.console.print(f"weights from {source}", highlight=False, soft_wrap=True)
         ema = jax.tree.map(lambda leaf: leaf.copy(), given["params"]) if state.ema is not None else None
         return dataclasses.replace(state, ema=ema, **given)
 

@@ -83,13 +83,13 @@ def mla(x, positions, p, cfg):
     T, H = x.shape[0], cfg.num_attention_heads
     dn, dr, dv, dc = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim, cfg.kv_lora_rank
     if cfg.q_lora_rank:
-        q = rms_norm(x @ p["q_a_proj"].T, p["q_a_layernorm"], cfg.rms_norm_eps) @ p["q_b_proj"].T
+        q = rms_norm(x @ p["q_a_proj"].T, p["q_a_layernorm"], 1e-6) @ p["q_b_proj"].T
     else:
         q = x @ p["q_proj"].T
     q = q.reshape(T, H, dn + dr)
     kv = x @ p["kv_a_proj_with_mqa"].T
     c, k_rope = kv[:, :dc], kv[:, dc:]
-    kvu = (rms_norm(c, p["kv_a_layernorm"], cfg.rms_norm_eps) @ p["kv_b_proj"].T).reshape(T, H, dn + dv)
+    kvu = (rms_norm(c, p["kv_a_layernorm"], 1e-6) @ p["kv_b_proj"].T).reshape(T, H, dn + dv)
     q = np.concatenate([q[..., :dn], _rope(q[..., dn:], positions, cfg)], axis=-1)
     k_rope = np.repeat(_rope(k_rope[:, None, :], positions, cfg), H, axis=1)
     k = np.concatenate([kvu[..., :dn], k_rope], axis=-1)

@@ -8,7 +8,8 @@ import pytest
 from dsv3_jax.cli.generate import Options
 from dsv3_jax.cli.main import main
 from dsv3_jax.data.tokenizer import EOS
-from dsv3_jax.inference import generate, generate_text, load_run
+from dsv3_jax.inference import generate, generate_text
+from dsv3_jax.interop.pretrained import from_pretrained
 
 PROMPT = "def add("
 
@@ -21,7 +22,7 @@ def folder(tmp_path_factory, saved_run, run_config, tokenizer):
 
 @pytest.fixture(scope="module")
 def run(folder):
-    return load_run(folder)
+    return from_pretrained(folder)
 
 
 @pytest.fixture

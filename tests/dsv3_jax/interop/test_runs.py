@@ -8,7 +8,7 @@ import pytest
 
 from dsv3_jax.checkpoint import CheckpointError
 from dsv3_jax.config import ConfigError, replace
-from dsv3_jax.inference import load_run
+from dsv3_jax.interop.pretrained import from_pretrained
 from dsv3_jax.model import split_model
 
 
@@ -40,16 +40,16 @@ def same(model, parts):
     [({}, 30), ({"step": 10}, 10), ({"weights": "best"}, 20)],
 )
 def test_weights_are_of_the_checkpoint_asked_for(run_folder, drawn_parts, config, arguments, seed):
-    same(load_run(run_folder, **arguments).model, drawn_parts(config.model, seed))
+    same(from_pretrained(run_folder, **arguments).model, drawn_parts(config.model, seed))
 
 
 def test_the_moving_average_comes_with_its_own_router_biases(run_folder, drawn_parts, config):
     parts = drawn_parts(config.model, 30)._replace(params=drawn_parts(config.model, 31).params)
-    same(load_run(run_folder, weights="ema").model, parts)
+    same(from_pretrained(run_folder, weights="ema").model, parts)
 
 
 def test_configuration_and_tokenizer_come_along(run_folder, config, tokenizer):
-    run = load_run(str(run_folder))
+    run = from_pretrained(str(run_folder))
     assert run.config == config
     assert run.model.config == config.model
     assert run.tokenizer.fingerprint == tokenizer.fingerprint
@@ -57,7 +57,7 @@ def test_configuration_and_tokenizer_come_along(run_folder, config, tokenizer):
 
 def test_one_checkpoint_is_a_run_too(run_folder, tmp_path, drawn_parts, config, tokenizer):
     alone = shutil.copytree(run_folder / "checkpoints" / "10", tmp_path / "alone")
-    run = load_run(alone)
+    run = from_pretrained(alone)
     same(run.model, drawn_parts(config.model, 10))
     assert run.tokenizer.fingerprint == tokenizer.fingerprint
 
@@ -65,8 +65,8 @@ def test_one_checkpoint_is_a_run_too(run_folder, tmp_path, drawn_parts, config, 
 @pytest.mark.parametrize(
     ("path", "arguments", "words"),
     [
-        ("nowhere", {}, ["nowhere", "does not exist", "dsv3 train --out"]),
-        ("", {}, ["no complete checkpoint"]),
+        ("nowhere", {}, ["nowhere", "does not exist", "dsv3 train"]),
+        ("", {}, ["config.json", "checkpoints/"]),
         ("a", {"step": 15}, ["step = 15", "10, 20, 30"]),
         ("a", {"step": 10, "weights": "best"}, ["step = 10", "'best'"]),
         ("a/checkpoints/10", {"step": 10}, ["step = 10", "one checkpoint"]),
@@ -75,7 +75,7 @@ def test_one_checkpoint_is_a_run_too(run_folder, tmp_path, drawn_parts, config, 
 )
 def test_a_mistake_is_one_line(run_folder, path, arguments, words):
     with pytest.raises(ConfigError) as caught:
-        load_run(run_folder.parent / path, **arguments)
+        from_pretrained(run_folder.parent / path, **arguments)
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
@@ -85,14 +85,14 @@ def test_a_mistake_is_one_line(run_folder, path, arguments, words):
 def test_a_run_without_moving_average_or_validation_says_so(tmp_path, saved_run, config, tokenizer):
     folder = saved_run(tmp_path / "plain", replace(config, train={"ema_decay": 0.0}), tokenizer)
     with pytest.raises(ConfigError, match=r"train\.ema_decay = 0"):
-        load_run(folder, weights="ema")
+        from_pretrained(folder, weights="ema")
     for step in (10, 20):
         shutil.rmtree(folder / "checkpoints" / str(step))
     with pytest.raises(ConfigError, match="has a validation"):
-        load_run(folder, weights="best")
+        from_pretrained(folder, weights="best")
 
 
 def test_damage_is_named_and_nothing_older_is_taken_in_its_place(damaged_copy):
     (damaged_copy / "checkpoints" / "30" / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"30 is damaged: tokenizer\.json .*20"):
-        load_run(damaged_copy)
+        from_pretrained(damaged_copy)
