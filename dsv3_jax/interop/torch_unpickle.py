@@ -193,7 +193,7 @@ def _rebuilt(function: str, arguments: tuple[Any, ...]) -> StoredTensor:
         raise ValueError("no shape")
     dtype = storage.dtype
     if function.endswith("v3"):
-        dtype = _NAMED_TYPES[arguments[6].key]
+        dtype = _NAMED_TYPES[arguments[6].key] if type(arguments[6]) is _Global else None
     if dtype is None:
         raise TypeError("a tensor without a type")
     return StoredTensor(storage, dtype, offset, shape, stride)

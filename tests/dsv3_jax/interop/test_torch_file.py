@@ -204,6 +204,7 @@ def test_real_files_that_are_not_flat_tables_are_refused_by_name(file, message):
         TorchFolder(DATA / file)
 
 
+FP8 = dump_state_dict([("a", jnp.dtype(jnp.float8_e4m3fn), (4,))])
 TENSOR = dump_state_dict([("a", np.dtype(np.float32), (2,))])
 
 
@@ -229,6 +230,8 @@ TENSOR = dump_state_dict([("a", np.dtype(np.float32), (2,))])
         (TENSOR, "storage has 4 bytes, not 8"),
         (TENSOR.replace(b"cpuq\x04K\x02", b"cpuq\x04K\x01"), "goes beyond its storage of 4 bytes"),
         (TENSOR.replace(b"X\x01\0\0\x000", b"X\x01\0\0\x009"), "in storage 9, which is missing"),
+        (FP8.replace(b"ctorch\nfloat8_e4m3fn\nq\x05", b"h\x00"), "damaged"),
+        (FP8.replace(b"ctorch\nfloat8_e4m3fn\nq\x05", b"K\x00"), "damaged"),
         (TENSOR.replace(b"FloatStorage", b"BlobbStorage"), "asks for torch.BlobbStorage"),
     ],
 )
