@@ -17,11 +17,8 @@ from pallas_kernels import memory_bench
 from pallas_kernels.quantize import cases, e5m6, pallas_sm90, reference
 from pallas_kernels.quantize.tile_loop import Tiling
 
-ACTIVATION_OPERATIONS = {  # name: (bytes written for each value beside its scales, number of scales)
-    "quantize_rows": 1,
-    "quantize_columns": 1,
-    "quantize_both": 2,
-}
+ACTIVATION_OPERATIONS = {"quantize_rows": 1, "quantize_columns": 1, "quantize_both": 2}
+"""Operations and the forms they write."""
 
 
 def tilings(operation: str) -> dict[str, Tiling]:
@@ -60,8 +57,8 @@ def run_activations(bench: memory_bench.MemoryBench, case: cases.Case, tune: boo
     """All operations on one array of activations, in bfloat16."""
     x = jax.random.normal(jax.random.key(0), case.shape, jnp.bfloat16)
     bench.copy(case.name, 3 * x.size)
-    for operation, codes in ACTIVATION_OPERATIONS.items():
-        moved = 2 * x.size + codes * (x.size + 4 * x.size // reference.TILE)
+    for operation, forms in ACTIVATION_OPERATIONS.items():
+        moved = 2 * x.size + forms * (x.size + 4 * x.size // reference.TILE)
         kernel, portable = getattr(pallas_sm90, operation), getattr(reference, operation)
         compare(bench, case, operation, (x,), moved, portable, kernel, tune)
     stored = jax.jit(reference.quantize_rows)(x)

@@ -35,12 +35,12 @@ def _spread(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
 
 def _denormal(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
     """Values around the smallest amax that counts, subnormal ones and zeros."""
-    return x * rng.choice(np.float32([0, 1e-42, 1e-30, 1e-6, 1e-4]), x.shape)
+    return x * rng.choice(np.array([0, 1e-42, 1e-30, 1e-6, 1e-4], np.float32), x.shape)
 
 
 def _ties(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
     """Values halfway between two codes, in tiles whose scale is exactly one and around it."""
-    x = rng.integers(-56, 57, x.shape) + rng.choice(np.float32([0, 0.5]), x.shape)
+    x = rng.integers(-56, 57, x.shape) + rng.choice(np.array([0, 0.5], np.float32), x.shape)
     x[..., ::128] = 448
     x[..., ::128, :] = 448
     return x * np.float32(1 + 2.0**-23) ** rng.integers(0, 2)

@@ -58,6 +58,12 @@ def divide(x: Float[Array, "..."], by: Float[Array, "..."] | float) -> Float32[A
         return lax.reduce_precision(quotient, exponent_bits=8, mantissa_bits=23).astype(jnp.float32)
 
 
+def round_to(x: Float32[Array, "..."], dtype: jnp.dtype) -> Float32[Array, "..."]:
+    """``x`` rounded to ``dtype`` and kept in float32; XLA drops a pair of conversions, this it keeps."""
+    info = jnp.finfo(dtype)
+    return lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+
+
 def round_up_to_power_of_two(scale: Float32[Array, "..."]) -> Float32[Array, "..."]:
     """``2 ** ceil(log2(scale))`` exactly, for positive normal numbers; infinity and NaN become infinity."""
     bits = lax.bitcast_convert_type(scale, jnp.int32)

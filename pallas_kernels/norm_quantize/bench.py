@@ -1,0 +1,68 @@
+"""Times the norm with quantized output, and its backward, on the models' shapes, beside a plain copy of as many bytes.
+
+    python -m pallas_kernels.norm_quantize.bench [--json FILE] [--quick] [--case NAME ...] [--seconds LIMIT] [--tune]
+
+GB/s counts what must be read and written once. "norm, then quantize" is XLA's norm and the quantizer's own kernel.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import memory_bench
+from pallas_kernels.norm_quantize import cases, pallas_sm90, reference
+from pallas_kernels.quantize import pallas_sm90 as quantizer
+from pallas_kernels.quantize.reference import TILE, Tiles
+
+EPS = 1e-6
+
+
+def _in_two_steps(x: Array, weight: Array) -> Tiles:
+    y = jax.lax.optimization_barrier(reference.rms_norm(x, weight, EPS).astype(x.dtype))
+    return quantizer.quantize_rows(y)
+
+
+def run(bench: memory_bench.MemoryBench, case: cases.Case, tune: bool) -> None:
+    """All implementations on one shape."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, dy = (jax.random.normal(key, case.shape, jnp.bfloat16) for key in keys[:2])
+    weight = 1 + 0.1 * jax.random.normal(keys[2], case.shape[1:])
+    bench.copy(case.name, 3 * x.size)
+    for with_output in (False, True):
+        moved = (5 if with_output else 3) * x.size + 4 * x.size // TILE
+        operation = "norm_quantize" + (" + y" if with_output else "")
+        portable = functools.partial(reference.norm_quantize, eps=EPS, with_output=with_output)
+        expected = jax.jit(portable)(x, weight)
+        baseline = bench.measure(case.name, operation, "xla", portable, (x, weight), moved_bytes=moved)
+        for chunk in (8, 4, 14) if tune else (8,):
+            kernel = functools.partial(pallas_sm90.norm_quantize, eps=EPS, with_output=with_output, chunk=chunk)
+            bench.measure(
+                case.name,
+                operation,
+                f"pallas c{chunk}",
+                kernel,
+                (x, weight),
+                moved_bytes=moved,
+                expected=expected,
+                against=baseline,
+                sustained=chunk == 8,
+            )
+        if not with_output:
+            bench.measure(case.name, operation, "two steps", _in_two_steps, (x, weight), moved_bytes=moved)
+    backward = functools.partial(reference.norm_backward, eps=EPS)
+    bench.measure(case.name, "norm_backward", "xla", backward, (x, weight, dy), moved_bytes=6 * x.size)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    options = memory_bench.parser(__doc__, [case.name for case in cases.BENCHED]).parse_args(arguments)
+    bench = memory_bench.MemoryBench(options.json, options.seconds)
+    for case in cases.BENCHED[: 1 if options.quick else None]:
+        if not options.case or case.name in options.case:
+            bench.guard(f"norm_quantize {case.name}", functools.partial(run, bench, case, options.tune))
+
+
+if __name__ == "__main__":
+    main()

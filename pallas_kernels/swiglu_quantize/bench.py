@@ -1,0 +1,47 @@
+"""Times SwiGLU with quantized output, and its backward, on the models' shapes, beside a plain copy of as many bytes.
+
+    python -m pallas_kernels.swiglu_quantize.bench [--json FILE] [--quick] [--case NAME ...] [--seconds LIMIT] [--tune]
+
+GB/s counts what must be read and written once.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import memory_bench
+from pallas_kernels.quantize.reference import TILE
+from pallas_kernels.quantize.tile_loop import Tiling
+from pallas_kernels.swiglu_quantize import cases, pallas_sm90, reference
+
+
+def run(bench: memory_bench.MemoryBench, case: cases.Case, tune: bool) -> None:
+    """All implementations on one shape."""
+    keys = jax.random.split(jax.random.key(0))
+    gate_up = jax.random.normal(keys[0], case.shape, jnp.bfloat16)
+    dout = jax.random.normal(keys[1], (case.shape[0], case.shape[1] // 2), jnp.bfloat16)
+    arguments, moved = (gate_up,), (2 * 2 + 3) * dout.size + 3 * 4 * dout.size // TILE
+    bench.copy(case.name, moved)
+    measure = functools.partial(bench.measure, case.name, "swiglu_quantize", arguments=arguments, moved_bytes=moved)
+    expected = jax.jit(reference.swiglu_quantize)(gate_up)
+    baseline = measure("xla", reference.swiglu_quantize)
+    for rows in (32, 16, 64) if tune else (32,):
+        kernel = functools.partial(pallas_sm90.swiglu_quantize, tiling=Tiling(rows=rows))
+        measure(f"pallas rows {rows}", kernel, expected=expected, against=baseline, sustained=rows == 32)
+    moved = (2 + 2 + 4 + 1) * dout.size + 3 * 4 * dout.size // TILE
+    inputs = (expected[1], dout)
+    bench.measure(case.name, "swiglu_backward", "xla", reference.swiglu_backward, inputs, moved_bytes=moved)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    options = memory_bench.parser(__doc__, [case.name for case in cases.BENCHED]).parse_args(arguments)
+    bench = memory_bench.MemoryBench(options.json, options.seconds)
+    for case in cases.BENCHED[: 1 if options.quick else None]:
+        if not options.case or case.name in options.case:
+            bench.guard(f"swiglu_quantize {case.name}", functools.partial(run, bench, case, options.tune))
+
+
+if __name__ == "__main__":
+    main()

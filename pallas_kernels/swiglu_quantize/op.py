@@ -1,0 +1,88 @@
+"""``swiglu_quantize``: SwiGLU with quantized output and FP8-cached inputs, with its gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import dispatch
+from pallas_kernels.quantize.reference import Tiles
+from pallas_kernels.swiglu_quantize import pallas_sm90, reference
+
+
+def swiglu_quantize(
+    gate_up_MF: Float[Array, "M F"],
+    *,
+    power_of_two: bool = False,
+    implementation: dispatch.Implementation = "auto",
+) -> tuple[Tiles, Tiles]:
+    """``silu(gate) * up`` of ``gate_up [M, 2 I]``, the gate's columns first, in 1 x 128 tiles.
+
+    It has no gradient of its own that could reach through the codes: a layer keeps the second result, the inputs in
+    FP8, and calls :func:`swiglu_backward` (spec 12). :func:`swiglu_with_gradient` does so for layers that compose.
+
+    The Hopper kernel takes bfloat16 or float16 with M and I multiples of 128; ``auto`` falls back to XLA elsewhere.
+
+    Args:
+        gate_up_MF: both projections, F = 2 I.
+        power_of_two: round scales up to powers of two.
+        implementation: ``"xla"``, ``"pallas"`` (Hopper) or ``"auto"``.
+
+    Returns:
+        Tiles of the output ``[M, I]``, rounded to the dtype of ``gate_up`` first, and of ``gate_up`` itself.
+
+    Raises:
+        ValueError: F is odd, or the implementation asked for cannot run.
+    """
+    if gate_up_MF.shape[1] % 2:
+        raise ValueError(f"swiglu_quantize: gate_up_MF must have an even number of columns, got {gate_up_MF.shape[1]}")
+    chosen = dispatch.choose("swiglu_quantize", implementation, {"pallas": pallas_sm90.obstacle(gate_up_MF)})
+    module = pallas_sm90 if chosen == "pallas" else reference
+    return module.swiglu_quantize(gate_up_MF, power_of_two)
+
+
+def swiglu_backward(
+    stored: Tiles, dout_MI: Float[Array, "M I"], *, power_of_two: bool = False
+) -> tuple[Float[Array, "M F"], Tiles]:
+    """The gradient of ``gate_up`` and the output again, from the inputs that the forward kept.
+
+    Args:
+        stored: the second result of :func:`swiglu_quantize`.
+        dout_MI: gradient of the output.
+        power_of_two: round scales up to powers of two.
+
+    Returns:
+        The gradient ``[M, 2 I]`` in the dtype of ``dout_MI``, and the output in 128 x 1 tiles, ``q [I, M]``: what the
+        weight gradient of the down projection contracts.
+    """
+    return reference.swiglu_backward(stored, dout_MI, power_of_two)
+
+
+def swiglu_with_gradient(
+    gate_up_MF: Float[Array, "M F"],
+    *,
+    power_of_two: bool = False,
+    implementation: dispatch.Implementation = "auto",
+) -> tuple[Tiles, Float[Array, "M I"]]:
+    """Tiles of the output, and zeros that carry its gradient back, as the second result of ``norm_quantize`` does."""
+    return _with_gradient(gate_up_MF, power_of_two, implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _with_gradient(gate_up: Array, power_of_two: bool, implementation: dispatch.Implementation) -> tuple[Tiles, Array]:
+    return _forward(gate_up, power_of_two, implementation)[0]
+
+
+def _forward(
+    gate_up: Array, power_of_two: bool, implementation: dispatch.Implementation
+) -> tuple[tuple[Tiles, Array], Tiles]:
+    out, stored = swiglu_quantize(gate_up, power_of_two=power_of_two, implementation=implementation)
+    return (out, jnp.zeros(out.q.shape, gate_up.dtype)), stored
+
+
+def _backward(power_of_two: bool, implementation: str, stored: Tiles, cotangents: tuple[Tiles, Array]) -> tuple[Array]:
+    return (swiglu_backward(stored, cotangents[1], power_of_two=power_of_two)[0],)
+
+
+_with_gradient.defvjp(_forward, _backward)

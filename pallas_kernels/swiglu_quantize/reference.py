@@ -1,0 +1,38 @@
+"""The definition of SwiGLU with quantized output and of its backward, in plain jax.numpy; also what runs elsewhere.
+
+``gate_up [M, 2 I]`` holds the gate's columns first. The forward quantizes both the output and the inputs, which are all
+that the backward keeps (spec 12): it computes the output again from them.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from pallas_kernels.quantize import reference as quantizer
+from pallas_kernels.quantize.reference import Tiles, round_to
+
+
+def swiglu(gate_up_MF: Float[Array, "M F"], dtype: jnp.dtype) -> Float32[Array, "M I"]:
+    """``silu(gate) * up`` in float32, rounded to ``dtype``."""
+    gate_MI, up_MI = jnp.split(gate_up_MF.astype(jnp.float32), 2, axis=1)
+    return round_to(jax.nn.silu(gate_MI) * up_MI, dtype)
+
+
+def swiglu_quantize(gate_up_MF: Float[Array, "M F"], power_of_two: bool = False) -> tuple[Tiles, Tiles]:
+    """Row-wise tiles of the output ``[M, I]``, and of the inputs ``[M, 2 I]`` to keep for the backward."""
+    out = quantizer.quantize_rows(swiglu(gate_up_MF, gate_up_MF.dtype), power_of_two)
+    return out, quantizer.quantize_rows(gate_up_MF, power_of_two)
+
+
+def swiglu_backward(
+    stored: Tiles, dout_MI: Float[Array, "M I"], power_of_two: bool = False
+) -> tuple[Float[Array, "M F"], Tiles]:
+    """The gradient of ``gate_up``, in the dtype of ``dout``, and the output computed again in 128 x 1 tiles."""
+    gate_up_MF, dtype = quantizer.dequantize_rows(*stored), dout_MI.dtype
+    gate_MI, up_MI = jnp.split(gate_up_MF, 2, axis=1)
+    dout32_MI = dout_MI.astype(jnp.float32)
+    sigmoid_MI = jax.nn.sigmoid(gate_MI)
+    dgate_MI = dout32_MI * up_MI * sigmoid_MI * (1 + gate_MI * (1 - sigmoid_MI))
+    dup_MI = dout32_MI * gate_MI * sigmoid_MI
+    out = quantizer.quantize_columns(swiglu(gate_up_MF, dtype), power_of_two)
+    return jnp.concatenate([dgate_MI, dup_MI], axis=1).astype(dtype), out
