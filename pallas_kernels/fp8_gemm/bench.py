@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.fp8_gemm import cases, measure, pallas_sm90, reference
+from pallas_kernels.fp8_gemm import cases, measure, pallas_sm90, reference, tiles
 from pallas_kernels.fp8_gemm.product_sm90 import Tiling
 from pallas_kernels.fp8_gemm.tiles import deepened
 
@@ -62,7 +62,7 @@ def work(case: cases.Case) -> measure.Work:
         a, b = measure.e4m3(keys[0], (m, k)), measure.e4m3(keys[1], (n, k))
         return a, measure.scales(keys[2], (k // 128, m)), b, measure.scales(keys[3], (-(-n // 128), k // 128))
 
-    def kernel(tiling: Tiling | None, operands: measure.Operands, into: Array | None) -> Array:
+    def kernel(tiling: Tiling, operands: measure.Operands, into: Array | None) -> Array:
         if wgrad:
             return pallas_sm90.wgrad(*operands, into=into, tiling=tiling)
         return pallas_sm90.gemm(*operands, tiling=tiling)
@@ -78,6 +78,7 @@ def work(case: cases.Case) -> measure.Work:
         peer_us=case.peer_us,
         peer_burst_us=case.peer_burst_us,
         dense=(k, n, m) if wgrad else (m, n, k),
+        default=(tiles.wgrad(k, n, m) if wgrad else tiles.gemm(m, n, k)),
         column_scales=wgrad,
     )
 
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     bench = measure.Bench(options)
     for case in cases.BENCHED:
         if bench.chosen(case.name):
-            bench.run(work(case), [None, *(tilings(case) if options.sweep else [])])
+            bench.run(work(case), tilings(case))
 
 
 if __name__ == "__main__":

@@ -39,11 +39,12 @@ class Work:
         moved_bytes: bytes that a call must move.
         make: seed -> random operands, made on the device.
         into: makes the array that a call adds to, or None.
-        kernel: (tiling or None for the default, operands, into) -> result.
+        kernel: (tiling, operands, into) -> result.
         reference: operands -> the float32 result, by the portable implementation.
         peer_us: DeepGEMM, sustained.
         peer_burst_us: DeepGEMM, kernel time with a cold L2.
-        dense: bfloat16 operands' shapes (rows, columns, contraction) of one product of the size, for XLA's time.
+        dense: rows, columns and contraction of one bfloat16 product of the size, for XLA's time.
+        default: the tiling that the operation takes.
         column_scales: whether the kernel is the one with two scale vectors.
     """
 
@@ -52,11 +53,12 @@ class Work:
     moved_bytes: int
     make: Callable[[Array], Operands]
     into: Callable[[], Array] | None
-    kernel: Callable[[Tiling | None, Operands, Array | None], Array]
+    kernel: Callable[[Tiling, Operands, Array | None], Array]
     reference: Callable[..., Array]
     peer_us: float | None
     peer_burst_us: float | None
     dense: tuple[int, int, int]
+    default: Tiling
     column_scales: bool = False
 
 
@@ -92,14 +94,17 @@ class Bench:
         if self.options.json is not None:
             self.options.json.write_text(json.dumps(self.rows, indent=1))
 
-    def run(self, work: Work, tilings: Sequence[Tiling | None]) -> None:
-        """The case with every tiling, the default (None) first."""
+    def run(self, work: Work, others: Sequence[Tiling]) -> None:
+        """The case with its default tiling and, where the options ask for a sweep, the others."""
+        tilings = [work.default]
+        if self.options.sweep:
+            tilings += [tiling for tiling in others if tiling != work.default]
         try:
             self._run(work, tilings)
         except Exception as error:  # what does not fit must not end the bench
             self.keep({"case": work.name, "tiling": "all", "failed": f"{type(error).__name__}: {error}"[:300]})
 
-    def _run(self, work: Work, tilings: Sequence[Tiling | None]) -> None:
+    def _run(self, work: Work, tilings: Sequence[Tiling]) -> None:
         keys = jax.random.split(jax.random.key(0), 64)
         make = jax.jit(work.make)
         first = make(keys[0])
@@ -110,54 +115,55 @@ class Bench:
         count = max(math.ceil(ROTATED_BYTES / input_bytes), min(48, math.ceil(_FEWEST_MICROSECONDS / floor_us)))
         sets = [first] + [make(key) for key in keys[1:count]]
         compiled, reports = _compile_all(work, tilings, sets)
-        for tiling, (function, failure) in zip(tilings, compiled, strict=True):
-            row: dict[str, Any] = {"case": work.name, "tiling": "default" if tiling is None else _short(tiling)}
+        for tiling, (function, burst_function, failure) in zip(tilings, compiled, strict=True):
+            name = tiling.name(work.column_scales)
+            row: dict[str, Any] = {"case": work.name, "tiling": name, "default": tiling == work.default}
             if function is None:
                 self.keep(row | {"failed": failure})
                 continue
             try:
                 intos = None if work.into is None else [work.into() for _ in sets]
+                row["us"] = _burst(burst_function, sets, intos)
                 outs = function(sets, intos)
                 start = 0.0 if work.into is None else work.into()
-                row["calc_diff"] = _device_calc_diff(outs[0], expected + start)
+                row["calc_diff"] = device_calc_diff(outs[0], expected + start)
                 del start
-                if tiling is not None and (name := tiling.name(work.column_scales)) in reports:
-                    row["spilled_bytes"] = reports[name]
-                row["us"], outs = _burst(function, sets, outs if intos else None, outs)
-                row["sustained_us"], outs = _sustained(function, sets, outs if intos else None)
+                row["spilled_bytes"] = reports.get(name)
+                row["sustained_us"] = _sustained(function, sets, outs if intos else None)
+                del outs
                 for prefix, peer in (("", work.peer_burst_us), ("sustained_", work.peer_us)):
                     row[f"{prefix}tflops"] = work.flops / row[f"{prefix}us"] / 1e6
                     row[f"{prefix}gbs"] = work.moved_bytes / row[f"{prefix}us"] / 1e3
                     row[f"{prefix}to_peer"] = peer / row[f"{prefix}us"] if peer else None
                 row["sustained_to_xla"] = xla_us / row["sustained_us"] if xla_us else None
-                del outs
             except Exception as error:
                 row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             self.keep(row)
 
 
-def _compile_all(work: Work, tilings: Sequence[Tiling | None], sets: list[Operands]) -> tuple[list[Any], dict]:
-    """Every tiling's function over all sets, compiled at once, and ptxas's spilled bytes by kernel name."""
+def _compile_all(work: Work, tilings: Sequence[Tiling], sets: list[Operands]) -> tuple[list[Any], dict[str, int]]:
+    """Every tiling's function over all sets, in place and not, or why it failed; and ptxas's spills by kernel name."""
+    intos_type = None if work.into is None else [jax.eval_shape(work.into)] * len(sets)
 
-    def build(tiling: Tiling | None) -> tuple[Any, str]:
+    def build(tiling: Tiling) -> tuple[Any, Any, str]:
         one = jax.jit(lambda operands, into: work.kernel(tiling, operands, into))
 
         def over_all(sets: list[Operands], intos: list[Array] | None) -> list[Array]:
             return [one(operands, None if intos is None else intos[i]) for i, operands in enumerate(sets)]
 
-        function = jax.jit(over_all, donate_argnums=1)
-        intos = None if work.into is None else [jax.eval_shape(work.into)] * len(sets)
         try:
-            return function.lower(sets, intos).compile(), ""
+            in_place = jax.jit(over_all, donate_argnums=1).lower(sets, intos_type).compile()
+            if work.into is None:
+                return in_place, in_place, ""
+            return in_place, jax.jit(over_all).lower(sets, intos_type).compile(), ""
         except Exception as error:
-            return None, f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            return None, None, f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
     with _CapturedOutput() as captured, concurrent.futures.ThreadPoolExecutor(8) as pool:
         compiled = list(pool.map(build, tilings))
-        for function, _ in compiled:  # some of the compilation waits for the first call
+        for function, _, _ in compiled:  # some of the compilation waits for the first call
             if function is not None:
-                intos = None if work.into is None else [work.into() for _ in sets]
-                jax.block_until_ready(function(sets, intos))
+                jax.block_until_ready(function(sets, None if work.into is None else [work.into() for _ in sets]))
     return compiled, spilled_bytes(captured.text)
 
 
@@ -189,7 +195,7 @@ class _CapturedOutput:
         self._file.close()
 
 
-def _device_calc_diff(got: Array, expected: Array) -> float:
+def device_calc_diff(got: Array, expected: Array) -> float:
     """``calc_diff`` with sums by row on the device, in float64 from there; NaN where a value is not finite."""
 
     @jax.jit
@@ -201,34 +207,34 @@ def _device_calc_diff(got: Array, expected: Array) -> float:
     return float(1.0 - 2.0 * product / energy)
 
 
-def _burst(function: Any, sets: list[Operands], intos: Any, outs: Any) -> tuple[float, Any]:
+def _burst(function: Any, sets: list[Operands], intos: Any) -> float:
     """Device time of a call after a rest (CUPTI), microseconds; each finds its inputs out of the cache."""
     from jax.experimental.mosaic.gpu import profiler
 
-    jax.block_until_ready(outs)
     time.sleep(0.15)
-    outs, milliseconds = profiler.Cupti(finalize=False).measure(function)(sets, intos)
-    if not milliseconds:
-        raise RuntimeError("CUPTI reported no kernel")
-    return 1e3 * milliseconds / len(sets), outs
+    kernels: Any
+    _, kernels = profiler.Cupti(finalize=False).measure(function, aggregate=False)(sets, intos)
+    milliseconds: list[float] = [ms for name, ms in kernels or () if name.startswith("fp8")]  # not XLA's copies
+    if len(milliseconds) != len(sets):
+        raise RuntimeError(f"CUPTI saw {len(milliseconds)} of {len(sets)} kernels")
+    return 1e3 * float(np.median(milliseconds))
 
 
-def _sustained(function: Any, sets: list[Operands], intos: Any) -> tuple[float, Any]:
+def _sustained(function: Any, sets: list[Operands], intos: Any) -> float:
     """Time of a call among calls back to back for ``LOAD_SECONDS``, microseconds."""
-
-    def several(rounds: int, intos: Any) -> tuple[float, Any]:
-        outs = intos
-        start = time.perf_counter()
-        for _ in range(rounds):
-            outs = function(sets, intos)
-            intos = None if intos is None else outs
-        jax.block_until_ready(outs)
-        return time.perf_counter() - start, outs
-
-    seconds, outs = several(2, intos)
+    intos, seconds = _seconds(function, sets, intos, 2)
     rounds = max(3, round(LOAD_SECONDS / (seconds / 2)))
-    seconds, outs = several(rounds, None if intos is None else outs)
-    return 1e6 * seconds / rounds / len(sets), outs
+    return 1e6 * _seconds(function, sets, intos, rounds)[1] / rounds / len(sets)
+
+
+def _seconds(function: Any, sets: list[Operands], intos: Any, rounds: int) -> tuple[Any, float]:
+    start = time.perf_counter()
+    outs = intos
+    for _ in range(rounds):
+        outs = function(sets, intos)
+        intos = None if intos is None else outs
+    jax.block_until_ready(outs)
+    return intos, time.perf_counter() - start
 
 
 def _dense_microseconds(rows: int, columns: int, contraction: int) -> float:
@@ -244,15 +250,11 @@ def _dense_microseconds(rows: int, columns: int, contraction: int) -> float:
         for i in range(count)
     ]
     over_all = jax.jit(lambda sets: [jnp.einsum("mk,nk->mn", a, b) for a, b in sets])
-    return _sustained(lambda sets, _: over_all(sets), sets, None)[0]
-
-
-def _short(tiling: Tiling) -> str:
-    return tiling.name(False).removeprefix("fp8_")
+    return _sustained(lambda sets, _: over_all(sets), sets, None)
 
 
 def _line(row: dict[str, Any]) -> str:
-    line = f"{row['case']:<28} {row['tiling']:<24}"
+    line = f"{row['case']:<28} {row['tiling']:<26}{'*' if row.get('default') else ' '}"
     if "failed" in row:
         return f"{line} failed: {row['failed']}"
     for prefix, word in (("", "burst"), ("sustained_", "sustained")):

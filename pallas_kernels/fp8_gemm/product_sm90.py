@@ -132,13 +132,12 @@ def _swizzled(dtype: Any, columns: int) -> tuple[Any, Any]:
 def _fence_scales() -> None:
     """Orders ordinary reads of shared memory before the copy engine's writes."""
 
-    @plgpu.inline_mgpu()
     def fence_async_shared_cta(context: Any) -> None:  # the interpreter knows it by this name
         del context
-        nvvm = mosaic_utils.nvvm
-        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+        mosaic_utils.inline_ptx("fence.proxy.async.shared::cta;", has_side_effects=True)
 
-    fence_async_shared_cta()
+    fence: Callable[..., Any] = plgpu.inline_mgpu()(fence_async_shared_cta)
+    fence()
 
 
 def _math_registers(warpgroups: int) -> int:

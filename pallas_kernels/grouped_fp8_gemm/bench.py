@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.fp8_gemm import measure
+from pallas_kernels.fp8_gemm import measure, tiles
 from pallas_kernels.fp8_gemm.product_sm90 import Tiling
 from pallas_kernels.fp8_gemm.tiles import deepened
 from pallas_kernels.grouped_fp8_gemm import cases, pallas_sm90, reference
@@ -31,6 +31,15 @@ def tilings(case: cases.Case) -> list[Tiling]:
     if case.operation == "masked":
         made[2:] = [Tiling(unroll=2, block_n=112), Tiling(unroll=1, block_n=192)]
     return [deepened(tiling) for tiling in made]
+
+
+def default_tiling(case: cases.Case) -> Tiling:
+    """What the operation takes."""
+    if case.operation == "wgrad":
+        return tiles.grouped_wgrad(case.dim_k, case.columns)
+    if case.operation == "masked":
+        return tiles.masked(case.max_rows, case.columns, case.dim_k)
+    return tiles.grouped(case.columns, case.dim_k)
 
 
 def work(case: cases.Case) -> measure.Work:
@@ -54,7 +63,7 @@ def work(case: cases.Case) -> measure.Work:
         last = (counts,) if case.operation == "masked" else (group_of_block, used)
         return a, a_scales, b, b_scales, *last
 
-    def kernel(tiling: Tiling | None, operands: measure.Operands, into: Array | None) -> Array:
+    def kernel(tiling: Tiling, operands: measure.Operands, into: Array | None) -> Array:
         if case.operation == "wgrad":
             return pallas_sm90.wgrad(*operands, num_groups=groups, into=into, tiling=tiling)
         if case.operation == "masked":
@@ -80,6 +89,7 @@ def work(case: cases.Case) -> measure.Work:
         peer_us=case.peer_us,
         peer_burst_us=case.peer_burst_us,
         dense=(k, n, rows) if case.operation == "wgrad" else (rows, n, k),
+        default=default_tiling(case),
         column_scales=case.operation == "wgrad",
     )
 
@@ -90,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     bench = measure.Bench(options)
     for case in cases.BENCHED:
         if bench.chosen(case.name):
-            bench.run(work(case), [None, *(tilings(case) if options.sweep else [])])
+            bench.run(work(case), tilings(case))
 
 
 if __name__ == "__main__":

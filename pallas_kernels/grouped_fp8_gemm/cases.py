@@ -1,4 +1,4 @@
-"""Shapes of the grouped products: those that DeepGEMM's bench times, the expert layers of bench_3b, and awkward ones."""
+"""Shapes of the grouped products: those that DeepGEMM's bench times, bench_3b's expert layers, and awkward ones."""
 
 import dataclasses
 from typing import Literal
