@@ -3,7 +3,7 @@
 from pallas_kernels.quantize.cases import Case
 
 SMALL = (Case("small", (128, 512)), Case("spread", (128, 512), "spread"))
-EDGES = (Case("k_edge", (6, 200)), Case("one", (1, 1)))
+EDGES = (Case("k_edge", (6, 200)), Case("one_row", (1, 16)))
 BENCHED = (
     Case("bench_3b", (16384, 2048)),
     Case("bench_3b_mb8", (32768, 2048)),

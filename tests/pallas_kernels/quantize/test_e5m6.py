@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.quantize import PackedE5M6, pack_e5m6, quantize_columns, unpack_e5m6
-from pallas_kernels.quantize.e5m6 import decode_e5m6, encode_e5m6
+from pallas_kernels.quantize import PackedE5M6, e5m6
+
+pack_e5m6, unpack_e5m6 = jax.jit(e5m6.pack_e5m6), jax.jit(e5m6.unpack_e5m6)
+encode_e5m6, decode_e5m6 = jax.jit(e5m6.encode_e5m6), jax.jit(e5m6.decode_e5m6)
 
 
 def all_magnitudes():
@@ -35,29 +37,29 @@ def test_values_between_two_codes_go_to_the_nearer_and_ties_to_the_even_one():
 
 
 def test_two_values_take_three_bytes_little_endian():
-    x = jnp.zeros((1, 2)).at[0].set(jnp.array([1.0, -2.0]))
+    x = jnp.array([[1.0, -2.0]])
     packed, scale = pack_e5m6(x)
     assert float(scale[0, 0]) == 2.0**-14  # of 2 / 65024 = 2 ** -14.99
     first, second = (15 + 14) << 6, (15 + 15) << 6 | 1 << 11
     assert first | second << 12 == int.from_bytes(bytes(np.asarray(packed)[0]), "little")
 
 
-@pytest.mark.parametrize("dim_k", [256, 300])
-def test_storage_takes_twelve_bits_and_its_error_is_that_of_six_mantissa_bits(dim_k):
+def test_storage_takes_twelve_bits_and_its_error_is_that_of_six_mantissa_bits():
+    dim_k = 300
     x = jnp.asarray(np.random.default_rng(0).standard_normal((8, dim_k)), jnp.bfloat16)
-    stored = jax.jit(pack_e5m6)(x)
+    stored = pack_e5m6(x)
     assert stored.packed.nbytes == 8 * dim_k * 3 // 2
     assert stored.scale.shape == (-(-dim_k // 128), 8)
     np.testing.assert_array_equal(np.frexp(stored.scale)[0], 0.5)
-    back = np.asarray(jax.jit(unpack_e5m6)(stored))
+    back = np.asarray(unpack_e5m6(stored))
     assert (np.abs(back - np.asarray(x, np.float32)) <= 2.0**-7 * np.abs(np.asarray(x, np.float32))).all()
     again = pack_e5m6(jnp.asarray(back))
     np.testing.assert_array_equal(again.packed, stored.packed)
-    assert quantize_columns(unpack_e5m6(stored, jnp.bfloat16)).q.shape == (dim_k, 8)
 
 
 def test_zero_and_infinite_tiles():
-    x = jnp.zeros((1, 384)).at[0, 130].set(jnp.inf).at[0, 300].set(3e38)
+    x = np.zeros((1, 384), np.float32)
+    x[0, [130, 300]] = np.inf, 3e38
     back = np.asarray(unpack_e5m6(pack_e5m6(x)))[0]
     np.testing.assert_array_equal(back[:128], 0.0)
     assert np.isnan(back[128:256]).all()

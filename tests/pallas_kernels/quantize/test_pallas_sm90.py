@@ -39,15 +39,15 @@ def raceless(function, *arguments, **keywords):
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_results_in_the_interpreter_equal_the_definition_without_a_race(power_of_two):
     x = jnp.asarray(cases.Case("two_by_two", (256, 256), "spread").array(), jnp.bfloat16)
-    both = raceless(pallas_sm90.quantize_both, x, power_of_two, sm_count=1, tiling=Tiling(blocks_per_sm=1))
-    same(both, reference.quantize_both(x, power_of_two))
-    same(raceless(pallas_sm90.quantize_rows, x[:128], power_of_two), reference.quantize_rows(x[:128], power_of_two))
-    stored = reference.quantize_rows(x, power_of_two)
-    columns = raceless(pallas_sm90.requantize_columns, *stored, power_of_two, sm_count=1)
-    same(columns, reference.requantize_columns(*stored, power_of_two))
-    w = x.astype(jnp.float32).reshape(2, 128, 256)
-    weight = raceless(pallas_sm90.quantize_weight, w, power_of_two, sm_count=1)
-    same(weight, reference.quantize_weight(w, power_of_two))
+    stored, columns = jax.jit(reference.quantize_both, static_argnums=1)(x, power_of_two)
+    one_block = {"sm_count": 1, "tiling": Tiling(blocks_per_sm=1)}
+    same(raceless(pallas_sm90.quantize_both, x, power_of_two, **one_block), (stored, columns))
+    same(raceless(pallas_sm90.quantize_rows, x, power_of_two), stored)
+    again = raceless(pallas_sm90.requantize_columns, *stored, power_of_two, **one_block)
+    same(again, jax.jit(reference.requantize_columns, static_argnums=2)(*stored, power_of_two))
+    w = x[:, :128].astype(jnp.float32).reshape(2, 128, 128)
+    weight = raceless(pallas_sm90.quantize_weight, w, power_of_two, **one_block)
+    same(weight, jax.jit(reference.quantize_weight, static_argnums=1)(w, power_of_two))
 
 
 def test_the_kernels_lower_for_hopper_at_the_benched_shapes(monkeypatch):

@@ -93,7 +93,7 @@ def test_quotients_that_round_to_a_tie_in_float32_round_twice():
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
-@pytest.mark.parametrize("shape", [(300, 130), (2, 3, 64, 200), (128, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 130, 200), (128, 128)], ids=str)
 def test_blocks_equal_numpy_and_their_transpose(shape, power_of_two):
     w = rows_of_all_magnitudes(int(np.prod(shape[:-1])), shape[-1]).reshape(shape)
     q, scale = jax.jit(reference.quantize_blocks, static_argnums=1)(jnp.asarray(w), power_of_two)

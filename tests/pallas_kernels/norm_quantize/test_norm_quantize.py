@@ -1,0 +1,109 @@
+"""RMSNorm with quantized output: the definition, its gradient, and the Hopper kernel."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import dispatch
+from pallas_kernels.norm_quantize import cases, norm_quantize, pallas_sm90, reference
+from pallas_kernels.quantize import quantize_rows
+from pallas_kernels.testing import assert_close
+
+EPS = 1e-6
+
+
+def arrays_of(case, dtype=jnp.bfloat16):
+    x = jnp.asarray(case.array(), dtype)
+    return x, jnp.asarray(1 + 0.1 * np.random.default_rng(1).standard_normal(case.shape[1:]), jnp.float32)
+
+
+def check_nearly_equal(got, expected):
+    """Equal but where another order of summation rounded y otherwise: rarely, and then to a neighbour."""
+    (tiles, y), (wanted, wanted_y) = got, expected
+    assert_close(tiles.scale, wanted.scale, tolerance=1e-3)
+    codes, wanted_codes = (np.asarray(t.q).view(np.uint8).astype(int) for t in (tiles, wanted))
+    assert np.abs(codes - wanted_codes).max() <= 1
+    assert (codes != wanted_codes).mean() < 2e-3
+    if wanted_y is not None:
+        assert_close(y, wanted_y, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("case", [*cases.SMALL, *cases.EDGES], ids=lambda case: case.name)
+def test_the_tiles_are_those_of_the_norm_and_its_backward_is_the_norms_own(case):
+    x, weight = arrays_of(case, jnp.float32)
+    dy = jnp.asarray(np.random.default_rng(2).standard_normal(x.shape), jnp.float32)
+
+    def plain(x, weight):
+        return x / jnp.sqrt(jnp.mean(x * x, axis=1, keepdims=True) + EPS) * weight
+
+    @jax.jit
+    def run(x, weight, dy):
+        tiles, y = norm_quantize(x, weight, eps=EPS, with_output=True)
+        carried = jax.vjp(lambda x, w: norm_quantize(x, w, eps=EPS)[1], x, weight)[1](dy)
+        return tiles, y, quantize_rows(y), carried, plain(x, weight), jax.vjp(plain, x, weight)[1](dy)
+
+    tiles, y, expected, gradients, expected_y, expected_gradients = run(x, weight, dy)
+    np.testing.assert_array_equal(tiles.q, expected.q)
+    np.testing.assert_array_equal(tiles.scale, expected.scale)
+    assert_close(y, expected_y)
+    for got, wanted in zip(gradients, expected_gradients, strict=True):
+        assert_close(got, wanted, tolerance=1e-5)
+
+
+def test_rounding_to_bfloat16_comes_before_quantizing_even_compiled():
+    x, weight = arrays_of(cases.SMALL[0])
+    tiles, y = jax.jit(functools.partial(norm_quantize, eps=EPS, with_output=True))(x, weight)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(tiles.q, jax.jit(quantize_rows)(y).q)
+
+
+def test_only_the_input_and_the_weight_are_kept():
+    x, weight = arrays_of(cases.SMALL[0])
+    (_, y), back = jax.vjp(lambda x, w: norm_quantize(x, w, eps=EPS), x, weight)
+    np.testing.assert_array_equal(y, 0.0)
+    kept = [leaf for leaf in jax.tree.leaves(back) if getattr(leaf, "size", 0) >= weight.size]
+    assert sorted(leaf.size for leaf in kept) == [weight.size, x.size]
+
+
+def test_the_kernel_in_the_interpreter_equals_the_definition_without_a_race():
+    x, weight = (a[:8] if a.ndim == 2 else a for a in arrays_of(cases.SMALL[1]))
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    got = pallas_sm90.norm_quantize(x, weight, EPS, False, True, chunk=2, interpret=params)
+    check_nearly_equal(
+        jax.block_until_ready(got),
+        jax.jit(reference.norm_quantize, static_argnums=(2, 3, 4))(x, weight, EPS, False, True),
+    )
+    assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.parametrize("case", [cases.BENCHED[0], cases.BENCHED[-1]], ids=lambda case: case.name)
+def test_the_kernel_lowers_for_hopper(monkeypatch, case):
+    monkeypatch.setattr(dispatch, "hopper_obstacle", lambda: None)
+    x, weight = jax.ShapeDtypeStruct(case.shape, jnp.bfloat16), jax.ShapeDtypeStruct(case.shape[1:], jnp.float32)
+    run = jax.jit(functools.partial(norm_quantize, eps=EPS, with_output=True))
+    assert "mosaic_gpu" in run.trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_what_the_kernel_cannot_do_is_named(monkeypatch):
+    monkeypatch.setattr(dispatch, "hopper_obstacle", lambda: None)
+    with pytest.raises(ValueError, match="K must be a multiple of 256, got 128"):
+        norm_quantize(jnp.zeros((128, 128), jnp.bfloat16), jnp.ones(128), eps=EPS, implementation="pallas")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("case", [*cases.SMALL, *cases.BENCHED], ids=lambda case: case.name)
+def test_results_on_hopper_equal_the_definition(case, power_of_two):
+    if case in cases.SMALL:
+        x, weight = arrays_of(case)
+    else:
+        x = jax.random.normal(jax.random.key(0), case.shape, jnp.bfloat16)
+        weight = 1 + 0.1 * jax.random.normal(jax.random.key(1), case.shape[1:])
+    run = functools.partial(norm_quantize, eps=EPS, power_of_two=power_of_two, with_output=True)
+    got, expected = (jax.jit(functools.partial(run, implementation=name))(x, weight) for name in ("pallas", "xla"))
+    check_nearly_equal(got, expected)

@@ -1,0 +1,108 @@
+"""SwiGLU with quantized output: the definition, its backward from FP8 inputs, and the Hopper kernel."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import dispatch
+from pallas_kernels.quantize import dequantize_rows, quantize_columns, quantize_rows
+from pallas_kernels.quantize.tile_loop import Tiling
+from pallas_kernels.swiglu_quantize import (
+    cases,
+    pallas_sm90,
+    reference,
+    swiglu_backward,
+    swiglu_quantize,
+    swiglu_with_gradient,
+)
+from pallas_kernels.testing import assert_close
+
+
+def plain(gate_up):
+    gate, up = jnp.split(gate_up, 2, axis=1)
+    return gate / (1 + jnp.exp(-gate)) * up
+
+
+def check_nearly_equal(got, expected):
+    """Equal but where another exponential rounded the output otherwise: rarely, and then to a neighbour."""
+    for tiles, wanted in zip(got, expected, strict=True):
+        assert_close(tiles.scale, wanted.scale, tolerance=1e-3)
+        codes, wanted_codes = (np.asarray(t.q).view(np.uint8).astype(int) for t in (tiles, wanted))
+        assert np.abs(codes - wanted_codes).max() <= 1
+        assert (codes != wanted_codes).mean() < 2e-3
+    np.testing.assert_array_equal(got[1].q, expected[1].q)
+
+
+@pytest.mark.parametrize("case", [cases.SMALL[0], *cases.EDGES], ids=lambda case: case.name)
+def test_the_backward_is_that_of_the_dequantized_inputs(case):
+    gate_up = jnp.asarray(case.array())
+    dout = jnp.asarray(np.random.default_rng(1).standard_normal((case.shape[0], case.shape[1] // 2)), jnp.float32)
+
+    @jax.jit
+    def run(gate_up, dout):
+        out, stored = swiglu_quantize(gate_up)
+        kept = dequantize_rows(*stored)
+        again, back = jax.vjp(plain, kept)
+        (carried,) = jax.vjp(lambda x: swiglu_with_gradient(x)[1], gate_up)[1](dout)
+        got = (out, stored, *swiglu_backward(stored, dout), carried)
+        return got, (quantize_rows(plain(gate_up)), quantize_rows(gate_up), back(dout)[0], quantize_columns(again))
+
+    (out, stored, dgate_up, columns, carried), (wanted, wanted_stored, wanted_gradient, wanted_columns) = run(
+        gate_up, dout
+    )
+    check_nearly_equal((out, stored), (wanted, wanted_stored))
+    assert_close(dgate_up, wanted_gradient, tolerance=1e-5)
+    np.testing.assert_array_equal(carried, dgate_up)
+    assert columns.q.shape == dout.shape[::-1]
+    assert_close(dequantize_rows(*columns), dequantize_rows(*wanted_columns), tolerance=3e-3)
+
+
+def test_only_the_codes_and_scales_of_the_inputs_are_kept():
+    gate_up = jnp.asarray(cases.SMALL[0].array(), jnp.bfloat16)
+    _, back = jax.vjp(swiglu_with_gradient, gate_up)
+    kept = [leaf for leaf in jax.tree.leaves(back) if getattr(leaf, "size", 0) > 1]
+    assert sum(leaf.nbytes for leaf in kept) == gate_up.size + 4 * gate_up.size // 128
+
+
+def test_an_odd_number_of_columns_is_refused():
+    with pytest.raises(ValueError, match="must have an even number of columns, got 3"):
+        swiglu_quantize(jnp.zeros((2, 3)))
+
+
+def test_the_kernel_in_the_interpreter_equals_the_definition_without_a_race():
+    gate_up = jnp.asarray(cases.SMALL[1].array()[:16], jnp.bfloat16)
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    got = jax.block_until_ready(pallas_sm90.swiglu_quantize(gate_up, tiling=Tiling(rows=16), interpret=params))
+    check_nearly_equal(got, jax.jit(reference.swiglu_quantize)(gate_up))
+    assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.parametrize("case", cases.BENCHED[:1], ids=lambda case: case.name)
+def test_the_kernel_lowers_for_hopper(monkeypatch, case):
+    monkeypatch.setattr(dispatch, "hopper_obstacle", lambda: None)
+    lowered = jax.jit(swiglu_quantize).trace(jax.ShapeDtypeStruct(case.shape, jnp.bfloat16))
+    assert "mosaic_gpu" in lowered.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_what_the_kernel_cannot_do_is_named(monkeypatch):
+    monkeypatch.setattr(dispatch, "hopper_obstacle", lambda: None)
+    with pytest.raises(ValueError, match="I must be a multiple of 128, got 64"):
+        swiglu_quantize(jnp.zeros((128, 128), jnp.bfloat16), implementation="pallas")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("case", [*cases.SMALL, *cases.BENCHED], ids=lambda case: case.name)
+def test_results_on_hopper_equal_the_definition(case, power_of_two):
+    if case in cases.SMALL:
+        gate_up = jnp.asarray(case.array(), jnp.bfloat16)
+    else:
+        gate_up = jax.random.normal(jax.random.key(0), case.shape, jnp.bfloat16)
+    run = functools.partial(swiglu_quantize, power_of_two=power_of_two)
+    got, expected = (jax.jit(functools.partial(run, implementation=name))(gate_up) for name in ("pallas", "xla"))
+    check_nearly_equal(got, expected)
