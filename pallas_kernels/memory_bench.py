@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ class MemoryBench:
     def copy(self, case: str, moved_bytes: int) -> None:
         """Measures ``x + 1`` by XLA that moves as many bytes; the rows that follow are compared with it."""
         x = jnp.zeros(moved_bytes // 4, jnp.bfloat16)
+        self.copy_gbs = float("nan")
         us = self.measure(case, "copy", "xla", lambda x: x + jnp.bfloat16(1), (x,), moved_bytes=4 * x.size)
         self.copy_gbs = 4 * x.size / us / 1e3 if us else float("nan")
 
@@ -117,7 +119,8 @@ def _line(row: dict[str, Any]) -> str:
     line = f"{row['case']:<14} {row['operation']:<19} {row['implementation']:<14}"
     if "failed" in row:
         return f"{line} failed: {row['failed']}"
-    line += f" {row['us']:9.1f} us {row['gbs']:5.0f} GB/s {100 * row['of_copy']:4.0f}% of copy"
+    line += f" {row['us']:9.1f} us {row['gbs']:5.0f} GB/s"
+    line += f" {100 * row['of_copy']:4.0f}% of copy" if math.isfinite(row["of_copy"]) else ""
     line += f"  sustained {row['sustained_us']:9.1f} us" if "sustained_us" in row else ""
     line += f"  {row['times_as_fast']:.2f}x" if "times_as_fast" in row else ""
     return line + (f"  differs {row['differs']:.1e}" if "differs" in row else "")
