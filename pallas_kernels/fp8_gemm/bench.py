@@ -8,6 +8,8 @@ rotate over 200 MB of inputs. ``x`` after a figure: DeepGEMM's time over ours (a
 reported where the environment variable is set.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -24,7 +26,7 @@ def tilings(case: cases.Case) -> list[Tiling]:
             Tiling(unroll=1),
             Tiling(unroll=2, cluster=2),
             Tiling(unroll=1, cluster=2),
-            Tiling(unroll=1, block_n=192),
+            Tiling(unroll=1, block_n=192, store_slots=3),
         ]
         return [deepened(tiling, column_scales=True, out_bytes=4) for tiling in made]
     if case.rows > 128:
@@ -34,18 +36,24 @@ def tilings(case: cases.Case) -> list[Tiling]:
             Tiling(unroll=4, cluster=2),
             Tiling(unroll=2),
             Tiling(unroll=2, cluster=2, minor=0, width=16),
-            Tiling(unroll=1, block_n=192, cluster=2),
+            Tiling(unroll=1, block_n=192, cluster=2, store_slots=3),
         ]
         if case.columns % 128:
-            made += [Tiling(unroll=1, block_n=176, cluster=2), Tiling(unroll=2, block_n=96, cluster=2)]
+            made += [
+                Tiling(unroll=1, block_n=176, cluster=2, store_slots=11),
+                Tiling(unroll=2, block_n=96, cluster=2, store_slots=3),
+            ]
         return [deepened(tiling) for tiling in made]
-    wide = case.columns >= 16384
-    widths = (96, 128, 192) if wide else (16, 32, 64)
+    widths = (96, 128, 192) if case.columns >= 16384 else (16, 32, 64)
+
+    def narrow(block_n: int, warpgroups: int, cluster: int = 1, share: Literal["a", "b"] = "b") -> Tiling:
+        slots, unroll = 3 if block_n % 96 == 0 else 2, 1 if block_n > 128 else 4
+        return Tiling(block_n, warpgroups, unroll=unroll, store_slots=slots, cluster=cluster, share=share)
+
     warpgroups = 1 if case.rows <= 64 else 2
-    made = [Tiling(unroll=1 if n > 128 else 4, block_n=n, warpgroups=warpgroups) for n in widths]
-    made += [Tiling(unroll=4, block_n=n, warpgroups=warpgroups, cluster=2, share="a") for n in widths[:2]]
+    made = [narrow(n, warpgroups) for n in widths] + [narrow(n, warpgroups, 2, "a") for n in widths[:2]]
     if case.rows > 64:
-        made += [Tiling(unroll=4, block_n=n, warpgroups=1, cluster=2) for n in widths[1:] if n <= 128]
+        made += [narrow(n, 1, 2) for n in widths[1:] if n <= 128]
     return [deepened(tiling) for tiling in made]
 
 

@@ -43,7 +43,7 @@ class Tiling:
         warpgroups: multiplying warpgroups; each has 64 rows of the tile.
         stages: operand tiles in flight in shared memory.
         unroll: steps in a loop body. Equal to ``stages`` and a divisor of the number of steps, slots are static.
-        store_slots: result chunks in flight to global memory, for each multiplying warpgroup.
+        store_slots: most result chunks in flight to global memory, for each multiplying warpgroup (see ``slots``).
         minor: dimension of the tile grid (0 rows, 1 columns) that is walked first.
         width: tiles of the minor dimension that are walked before the other dimension moves.
         cluster: thread blocks in a cluster, 1 or 2.
@@ -71,6 +71,15 @@ class Tiling:
     def chunk(self) -> int:
         """Columns that share one weight scale, wherever the tile begins."""
         return math.gcd(self.block_n, STEP)
+
+    def store_columns(self, out_bytes: int) -> int:
+        """Columns of a result chunk: one scale's at most, and 128 bytes."""
+        return math.gcd(self.chunk, 128 // out_bytes)
+
+    def slots(self, out_bytes: int) -> int:
+        """Slots for result chunks: a divisor of a tile's chunks, so that each is free again when its turn comes."""
+        chunks = self.block_n // self.store_columns(out_bytes)
+        return max(slots for slots in range(1, self.store_slots + 1) if chunks % slots == 0)
 
     def name(self, column_scales: bool) -> str:
         """Such as ``fp8_n128w2s5u4o2_n8c1``, ``fp8x8`` with column scales: names the kernel in profiles and reports."""
@@ -178,12 +187,12 @@ def run(
     """
     dtype, out_dtype = operands[0].dtype, out_type.dtype
     block_m, block_n, chunk = tiling.block_m, tiling.block_n, tiling.chunk
-    stages, unroll, slots, warpgroups = tiling.stages, tiling.unroll, tiling.store_slots, tiling.warpgroups
+    stages, unroll, warpgroups = tiling.stages, tiling.unroll, tiling.warpgroups
+    store_columns, slots = tiling.store_columns(out_dtype.itemsize), tiling.slots(out_dtype.itemsize)
     if block_n % 16 or block_n > 256 or (column_scales and block_n % 32):
         raise ValueError(f"block_n must be a multiple of 16 (32 with column scales) up to 256, got {block_n}")
     if column_scales:
         chunk = block_n
-    store_columns = math.gcd(chunk, 128 // out_dtype.itemsize)
     static_slots = unroll == stages and step_multiple % stages == 0
     shared = {operand: "cluster" if tiling.cluster > 1 and tiling.share == operand else None for operand in ("a", "b")}
 

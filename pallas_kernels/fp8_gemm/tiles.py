@@ -11,8 +11,7 @@ _SHARED_MEMORY = 232448 - 2048
 
 def deepened(tiling: Tiling, *, column_scales: bool = False, out_bytes: int = 2, most: int = 16) -> Tiling:
     """The tiling with as many stages as fit in shared memory."""
-    store_columns = min(tiling.chunk, 128 // out_bytes)
-    stores = tiling.warpgroups * tiling.store_slots * 64 * store_columns * out_bytes
+    stores = tiling.warpgroups * tiling.slots(out_bytes) * 64 * tiling.store_columns(out_bytes) * out_bytes
     stage = (tiling.block_m + tiling.block_n) * 128 + 4 * (tiling.block_m + column_scales * tiling.block_n)
     return dataclasses.replace(tiling, stages=min(most, (_SHARED_MEMORY - stores) // stage))
 
@@ -28,7 +27,12 @@ def gemm(rows: int, columns: int, contraction: int) -> Tiling:
     if rows > 128:
         return _DENSE
     candidates = [
-        Tiling(block_n=block_n, warpgroups=warpgroups, unroll=1 if block_n > 128 else 4)
+        Tiling(
+            block_n=block_n,
+            warpgroups=warpgroups,
+            unroll=1 if block_n > 128 else 4,
+            store_slots=3 if block_n % 96 == 0 else 2,
+        )
         for warpgroups in ((1,) if rows <= 64 else (1, 2))
         for block_n in _FEW_ROWS
     ]

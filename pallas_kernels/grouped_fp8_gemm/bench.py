@@ -29,7 +29,7 @@ def tilings(case: cases.Case) -> list[Tiling]:
         Tiling(unroll=2, cluster=2, share=share, minor=0, width=16),
     ]
     if case.operation == "masked":
-        made[2:] = [Tiling(unroll=2, block_n=112), Tiling(unroll=1, block_n=192)]
+        made[2:] = [Tiling(unroll=2, block_n=96, store_slots=3), Tiling(unroll=1, block_n=192, store_slots=3)]
     return [deepened(tiling) for tiling in made]
 
 
