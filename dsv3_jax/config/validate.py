@@ -17,7 +17,7 @@ def validate(config: Config) -> None:
     _validate_optim(config)
     _validate_data(config)
     _validate_loss(config)
-    _validate_mesh(config.mesh, config.train)
+    _validate_mesh(config.mesh, config.train, config.model)
 
 
 def _require(good: bool, message: str) -> None:
@@ -210,19 +210,25 @@ def _validate_loss(config: Config) -> None:
     )
 
 
-def _validate_mesh(mesh: MeshConfig, train: TrainConfig) -> None:
+def _validate_mesh(mesh: MeshConfig, train: TrainConfig, model: ModelConfig) -> None:
     _positive("mesh", mesh, "pipe", "expert", "data")
-    for name in ("pipe", "expert"):
-        value = getattr(mesh, name)
-        _require(value == 1, f"mesh.{name} = {value} must be 1: this version shards the batch only (mesh.data)")
+    _require(mesh.pipe == 1, f"mesh.pipe = {mesh.pipe} must be 1: this version has no pipelines")
+    experts = model.n_routed_experts
+    if mesh.expert > 1:
+        _require(experts > 0, f"mesh.expert = {mesh.expert} needs routed experts: model.n_routed_experts = 0")
+        _require(
+            experts % mesh.expert == 0,
+            f"mesh.expert = {mesh.expert} must divide model.n_routed_experts = {experts}",
+        )
+    lanes = mesh.expert * mesh.data
     _require(
-        train.batch_size % mesh.data == 0,
-        f"train.batch_size = {train.batch_size} must be a multiple of mesh.data = {mesh.data}",
+        train.batch_size % lanes == 0,
+        f"train.batch_size = {train.batch_size} must be a multiple of mesh.expert x mesh.data = {lanes}",
     )
-    per_device = train.batch_size // mesh.data
+    per_device = train.batch_size // lanes
     micro = train.micro_batch_size or per_device
     _require(
         per_device % micro == 0,
         f"train.micro_batch_size = {micro} must divide the {per_device} sequences of one device "
-        f"(train.batch_size = {train.batch_size} over mesh.data = {mesh.data})",
+        f"(train.batch_size = {train.batch_size} over mesh.expert x mesh.data = {lanes})",
     )

@@ -36,7 +36,7 @@ def quantize(rows: Float[np.ndarray, "R C"]) -> tuple[np.ndarray, Float32[np.nda
         if not np.isfinite(amax).all():
             raise ValueError("a value is infinite or not a number")
         scale = np.maximum(amax, _CLAMP) / _LARGEST
-        return np.asarray(_divide(rows, scale)), scale
+        return np.asarray(_round(_divided(rows, scale), shape=rows.shape)), scale
 
 
 def dequantize(
@@ -66,9 +66,17 @@ def _block_amax(rows: jax.Array) -> jax.Array:
     return jnp.max(jnp.abs(_blocks(rows)), axis=(1, 3))
 
 
-@jax.jit
-def _divide(rows: jax.Array, scale: jax.Array) -> jax.Array:
-    return _unblocked((_blocks(rows) / scale[:, None, :, None]).astype(jnp.float8_e4m3fn), rows.shape)
+def _divided(rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Blocks over their scales, by NumPy: XLA multiplies by a reciprocal instead, which rounds twice."""
+    padded = np.pad(rows, [(0, -size % BLOCK) for size in rows.shape])
+    blocks = padded.reshape(scale.shape[0], BLOCK, scale.shape[1], BLOCK).astype(np.float32, copy=False)
+    return np.divide(blocks, scale[:, None, :, None])
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _round(blocks: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """To E4M3, by XLA: ten times as fast as ml_dtypes."""
+    return _unblocked(blocks.astype(jnp.float8_e4m3fn), shape)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -73,7 +73,7 @@ def make_optimizer(optim: OptimConfig) -> optax.GradientTransformation:
     """AdamW without the learning rate: the step applies ``param - lr * update``, its rate being a host-side number.
 
     The update is ``adam_direction + weight_decay * param``, the second term on :func:`decay_mask` alone unless
-    ``optim.decay`` is ``"all"``. Clipping is not part of it: see :func:`clip_by_global_norm`.
+    ``optim.decay`` is ``"all"``. Clipping is not part of it: see :func:`clip_by_norm`.
     """
     mask = decay_mask if optim.decay == "matrices" else None
     return optax.chain(
@@ -82,18 +82,15 @@ def make_optimizer(optim: OptimConfig) -> optax.GradientTransformation:
     )
 
 
-def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, Float[Array, ""]]:
-    """Scale gradients down to a global L2 norm of at most ``max_norm``, and tell the norm before clipping.
+def clip_by_norm(grads: Any, norm: Float[Array, ""], max_norm: float) -> Any:
+    """Scale gradients of the given L2 norm down to at most ``max_norm``.
 
     Args:
-        grads: tree of whole arrays (inside ``shard_map`` a local norm is not the global one).
+        grads: tree of arrays, or of one device's shares of them: the norm is known, so both are the same.
+        norm: float32, over everything; where it is not finite the step is skipped.
         max_norm: 0 does not clip.
-
-    Returns:
-        The gradients, and their float32 norm; a non-finite norm is returned as it is, for the step to skip on.
     """
-    norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
     if not max_norm:
-        return grads, norm
+        return grads
     factor = jnp.minimum(1.0, max_norm / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
-    return jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads), norm
+    return jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)

@@ -24,6 +24,7 @@ _MAY_CHANGE = frozenset(
         "train.bigram_gate",
         "data.workers",
         "data.prefetch",
+        "mesh.expert",
         "mesh.data",
     }
 )

@@ -67,13 +67,13 @@ def bias_update_speed(config: Config, tokens: int) -> float:
 def batch_size(config: Config, tokens: int) -> int:
     """Sequences of the step that follows ``tokens`` consumed tokens.
 
-    The ramp is rounded to the nearest multiple of ``mesh.data * micro_batch_size`` (the published increments are
-    UNCONFIRMED, spec 8.1), at least one multiple and at most ``train.batch_size``.
+    The ramp is rounded to the nearest multiple of ``mesh.expert * mesh.data * micro_batch_size`` (the published
+    increments are UNCONFIRMED, spec 8.1), at least one multiple and at most ``train.batch_size``.
     """
     train = config.train
     if not train.batch_ramp:
         return train.batch_size
-    unit = config.mesh.data * (train.micro_batch_size or 1)
+    unit = config.mesh.expert * config.mesh.data * (train.micro_batch_size or 1)
     wanted = value_at(train.batch_ramp, tokens)
     return min(train.batch_size, max(unit, unit * math.floor(wanted / unit + 0.5)))
 

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.model import DeepSeekV3, Tree, abstract_model, merge_model, split_model
+from dsv3_jax.train.layout import Layout
 from dsv3_jax.train.optimizer import make_optimizer
 from sharding.mesh import make_mesh
 
@@ -46,18 +47,36 @@ def config_mesh(config: Config) -> Mesh:
 
 
 def init_state(config: Config, mesh: Mesh | None = None) -> TrainState:
-    """A new run's state: weights drawn from ``train.seed``, on every device of the mesh."""
-    mesh = mesh or config_mesh(config)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(lambda: _create(config), out_shardings=replicated)()
+    """A new run's state: weights drawn from ``train.seed``, the same numbers on any mesh."""
+    abstract = abstract_state(config, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(lambda: _create(config), out_shardings=shardings)()
 
 
 def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
-    """:func:`init_state`'s shapes, dtypes and shardings, nothing allocated."""
+    """:func:`init_state`'s shapes, dtypes and shardings, nothing allocated.
+
+    Raises:
+        ConfigError: the mesh does not fit the machine or the model.
+    """
     mesh = mesh or config_mesh(config)
-    replicated = NamedSharding(mesh, PartitionSpec())
     shapes = jax.eval_shape(lambda: _create(config))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)
+    shardings = config_layout(config, mesh).shardings(shapes)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
+    )
+
+
+def config_layout(config: Config, mesh: Mesh) -> Layout:
+    """Where the state of ``config`` lies on ``mesh``.
+
+    Raises:
+        ConfigError: the mesh does not fit the model.
+    """
+    try:
+        return Layout(config, mesh)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def model_of(config: Config, params: Tree, router_bias: Tree) -> DeepSeekV3:

@@ -17,8 +17,8 @@ from dsv3_jax.nn.balance import max_violation, relative_load, update_bias
 from dsv3_jax.train import schedule
 from dsv3_jax.train.ema import update_ema
 from dsv3_jax.train.loss import Losses, cross_entropy, has_label, training_loss
-from dsv3_jax.train.optimizer import clip_by_global_norm, make_optimizer
-from dsv3_jax.train.state import TrainState, config_mesh
+from dsv3_jax.train.optimizer import clip_by_norm, make_optimizer
+from dsv3_jax.train.state import TrainState, abstract_state, config_layout, config_mesh
 from sharding.mesh import BATCH_AXES
 
 Metrics = dict[str, Any]
@@ -54,10 +54,13 @@ class TrainStep:
         self.most_micro_batches = config.train.batch_size // (self.micro_batch * self.lanes)
         self._graph = split_model(abstract_model(config.model)).graph
         self._optimizer = make_optimizer(config.optim)
+        self._layout = config_layout(config, self.mesh)
+        state = _arrays(abstract_state(config, self.mesh))
+        specs, places = self._layout.specs(state), self._layout.shardings(state)
         mapped = jax.shard_map(
-            self._local_step, mesh=self.mesh, in_specs=(P(), _ROWS, P()), out_specs=(P(), P()), check_vma=False
+            self._local_step, mesh=self.mesh, in_specs=(specs, _ROWS, P()), out_specs=(specs, P()), check_vma=False
         )
-        self.jitted: Any = jax.jit(mapped, donate_argnums=0)
+        self.jitted: Any = jax.jit(mapped, donate_argnums=0, out_shardings=(places, None))
 
     def __call__(self, state: TrainState, rows: Int32[np.ndarray, "n T1"]) -> tuple[TrainState, Metrics]:
         """One optimizer step."""
@@ -65,7 +68,7 @@ class TrainStep:
         arguments, scalars = self.arguments(state, rows)
         arrays, metrics = self.jitted(*arguments)
         consumed = state.tokens + sequences * self.config.train.seq_len
-        state = TrainState(*arrays, step=state.step + 1, tokens=consumed)
+        state = TrainState(**arrays, step=state.step + 1, tokens=consumed)
         metrics |= {"lr": float(scalars.learning_rate), "step": state.step, "tokens": state.tokens}
         return state, metrics
 
@@ -94,18 +97,22 @@ class TrainStep:
             np.float32(schedule.bias_update_speed(config, state.tokens)),
             np.int32(count),
         )
-        arrays = (state.params, state.router_bias, state.opt_state, state.ema, state.nonfinite)
-        return (arrays, jax.make_array_from_process_local_data(sharding, micro), scalars), scalars
+        return (_arrays(state), jax.make_array_from_process_local_data(sharding, micro), scalars), scalars
 
-    def _local_step(self, arrays: tuple[Any, ...], tokens_ABT: jax.Array, scalars: _Scalars) -> tuple[Any, Metrics]:
-        """One device's part of a step; every array but the tokens is whole on every device."""
-        config = self.config
-        params, router_bias, opt_state, ema, nonfinite = arrays
+    def _local_step(self, arrays: Tree, tokens_ABT: jax.Array, scalars: _Scalars) -> tuple[Tree, Metrics]:
+        """One device's part of a step, on its share of the state and of the rows."""
+        config, layout = self.config, self._layout
+        params, router_bias, opt_state, ema = (arrays[name] for name in ("params", "router_bias", "opt_state", "ema"))
+        with jax.named_scope("gather"):
+            whole = layout.gather(params)
         with jax.named_scope("gradients"):
-            grads, losses = self._gradients(params, router_bias, tokens_ABT, scalars)
-            grads, losses = lax.psum((grads, losses), BATCH_AXES)
+            grads, losses = self._gradients(whole, router_bias, tokens_ABT, scalars)
+            losses = lax.psum(losses, BATCH_AXES)
+        with jax.named_scope("scatter"):
+            grads = layout.scatter(grads)
         with jax.named_scope("optimizer"):
-            grads, norm = clip_by_global_norm(grads, config.optim.grad_clip_norm)
+            norm = layout.global_norm(grads)
+            grads = clip_by_norm(grads, norm, config.optim.grad_clip_norm)
             finite = jnp.isfinite(losses.total) & jnp.isfinite(norm)
             updates, new_opt = self._optimizer.update(grads, opt_state, params)
             new_params = jax.tree.map(lambda p, u: p - scalars.learning_rate * u, params, updates)
@@ -117,7 +124,7 @@ class TrainStep:
             (new_params, new_bias, new_opt, new_ema),
             (params, router_bias, opt_state, ema),
         )
-        nonfinite = (nonfinite + 1) * skipped
+        nonfinite = (arrays["nonfinite"] + 1) * skipped
         metrics = {
             "loss": losses.main,
             "mtp_loss": losses.mtp,
@@ -128,7 +135,8 @@ class TrainStep:
         }
         if losses.counts is not None:
             metrics |= {"max_vio": max_violation(losses.counts), "expert_load": relative_load(losses.counts)}
-        return (*kept, nonfinite), metrics
+        new_arrays = dict(zip(("params", "router_bias", "opt_state", "ema"), kept, strict=True))
+        return new_arrays | {"nonfinite": nonfinite}, metrics
 
     def _gradients(
         self, params: Tree, router_bias: Tree, tokens_ABT: jax.Array, scalars: _Scalars
@@ -178,6 +186,11 @@ class TrainStep:
         return jax.tree.unflatten(treedef, updated)
 
 
+def _arrays(state: TrainState) -> dict[str, Any]:
+    """A state's arrays by the names of its fields."""
+    return {name: getattr(state, name) for name in ("params", "router_bias", "opt_state", "ema", "nonfinite")}
+
+
 def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
     """The step of a run, or of one's own loop: ``(state, rows) -> (state, metrics)``."""
     return TrainStep(config, mesh)
@@ -192,9 +205,9 @@ class EvalStep:
         self._graph = split_model(abstract_model(config.model)).graph
         lanes = int(np.prod([self.mesh.shape[axis] for axis in BATCH_AXES]))
         self._rows = (config.train.micro_batch_size or config.train.batch_size // lanes) * lanes
-        mapped = jax.shard_map(
-            self._local_nats, mesh=self.mesh, in_specs=(P(), P(), P(BATCH_AXES)), out_specs=P(), check_vma=False
-        )
+        self._layout = config_layout(config, self.mesh)
+        specs = (self._layout.share, P(), P(BATCH_AXES))
+        mapped = jax.shard_map(self._local_nats, mesh=self.mesh, in_specs=specs, out_specs=P(), check_vma=False)
         self._jitted = jax.jit(mapped)
 
     def __call__(self, state: TrainState, rows: Int32[np.ndarray, "n T1"]) -> tuple[float, int]:
@@ -209,7 +222,7 @@ class EvalStep:
         return float(np.sum([float(nats) for nats in sums])), int(np.sum(rows[:, 1:] >= 0))
 
     def _local_nats(self, params: Tree, router_bias: Tree, tokens_BT: jax.Array) -> jax.Array:
-        model: DeepSeekV3 = merge_model(self._graph, params, router_bias)
+        model: DeepSeekV3 = merge_model(self._graph, self._layout.gather(params), router_bias)
         tokens = jnp.maximum(tokens_BT, 0)
         dtype = jnp.bfloat16 if self.config.train.precision == "bf16" else jnp.float32
         hidden, _, _ = model.trunk(tokens[:, :-1], dtype=dtype)

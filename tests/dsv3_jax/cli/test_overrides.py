@@ -129,7 +129,7 @@ def test_model_only_prefers_the_released_architecture():
         (("--count", "many"), "--count = 'many' must be a whole number"),
         (("extra",), "'extra' is not expected after the preset 'tiny'; see `dsv3 train --help`"),
         (("--model.n-group", "3"), "model.n_group = 3 must divide model.n_routed_experts = 16"),
-        (("--mesh.data", "3"), "train.batch_size = 16 must be a multiple of mesh.data = 3"),
+        (("--mesh.data", "3"), "train.batch_size = 16 must be a multiple of mesh.expert x mesh.data = 3"),
     ],
 )
 def test_a_mistake_is_one_line_with_the_nearest_right_thing(argv, expected):

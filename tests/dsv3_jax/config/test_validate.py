@@ -102,13 +102,13 @@ def test_an_architecture_that_cannot_be_is_refused(changes, expected):
             "optim.schedule[0].shape = 'cosine' has nothing before it: start with a constant piece",
         ),
         # mesh
-        ({"mesh": {"pipe": 2}}, "mesh.pipe = 2 must be 1: this version shards the batch only (mesh.data)"),
+        ({"mesh": {"pipe": 2}}, "mesh.pipe = 2 must be 1: this version has no pipelines"),
         ({"mesh": {"data": 0}}, "mesh.data = 0 must be greater than 0"),
-        ({"mesh": {"data": 3}}, "train.batch_size = 16 must be a multiple of mesh.data = 3"),
+        ({"mesh": {"data": 3}}, "train.batch_size = 16 must be a multiple of mesh.expert x mesh.data = 3"),
         (
             {"mesh": {"data": 2}, "train": {"micro_batch_size": 5}},
             "train.micro_batch_size = 5 must divide the 8 sequences of one device "
-            "(train.batch_size = 16 over mesh.data = 2)",
+            "(train.batch_size = 16 over mesh.expert x mesh.data = 2)",
         ),
     ],
 )

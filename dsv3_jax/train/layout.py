@@ -1,0 +1,75 @@
+"""Where a run's arrays lie on its mesh: as the model's code sees weights, and as the optimizer keeps them (ZeRO-1)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from dsv3_jax.config import Config
+from dsv3_jax.model import Tree, abstract_model, split_model
+from sharding import zero
+from sharding.rules import dims_of, model_spec, zero_spec
+
+_SHARED_OUT = ("params", "opt_state", "ema")
+"""Parts of a state that ZeRO-1 splits."""
+
+
+class Layout:
+    """Specs of one configuration's arrays on one mesh.
+
+    Raises:
+        ValueError: the mesh does not fit the model; one line.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self.mesh, self._sizes = mesh, dict(mesh.shape)
+        params = split_model(abstract_model(config.model)).params
+        self.whole: Tree = _map(lambda path, leaf: model_spec(path, leaf.shape, self._sizes), params)
+        """Of each parameter, what the model's code needs."""
+        self.share: Tree = _map(self._share, params)
+        """Of each parameter, what a device keeps."""
+        self.travel: Tree = _map(lambda path, leaf: _travel_dtype(path, leaf.ndim, config), params)
+        """Type in which a weight is gathered: that of the products it enters."""
+
+    def _share(self, path: str, leaf: Any) -> PartitionSpec:
+        return zero_spec(leaf.shape, model_spec(path, leaf.shape, self._sizes), self._sizes)
+
+    def specs(self, state: Any) -> Any:
+        """Specs of a state's arrays (a tree with the fields of ``TrainState``, of arrays or of shapes)."""
+
+        def spec(path: str, leaf: Any) -> PartitionSpec:
+            split = path.split("/")[0] in _SHARED_OUT and leaf.ndim > 0
+            return self._share(path, leaf) if split else PartitionSpec()
+
+        return _map(spec, state)
+
+    def shardings(self, state: Any) -> Any:
+        """:meth:`specs` on the mesh."""
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs(state))
+
+    def gather(self, params: Tree) -> Tree:
+        """Inside ``shard_map``: the weights that the model's code needs, from every device's share."""
+        return jax.tree.map(zero.gather, params, self.share, self.whole, self.travel)
+
+    def scatter(self, grads: Tree) -> Tree:
+        """Inside ``shard_map``: this device's share of the sum of all devices' gradients."""
+        return jax.tree.map(zero.scatter, grads, self.share, self.whole)
+
+    def global_norm(self, shares: Tree) -> jax.Array:
+        """Inside ``shard_map``: the L2 norm of arrays laid out as shares."""
+        return zero.global_norm(shares, self.share)
+
+
+def _travel_dtype(path: str, ndim: int, config: Config) -> DTypeLike:
+    """Norms and routers compute in float32, whatever the precision of the products (spec 11.2)."""
+    float32 = config.train.precision == "fp32" or dims_of(path, ndim)[-1] in ("norm", "router")
+    return jnp.float32 if float32 else jnp.bfloat16
+
+
+def _map(function: Any, tree: Any) -> Any:
+    def named(path: Any, leaf: Any) -> Any:
+        return function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+
+    return jax.tree_util.tree_map_with_path(named, tree)
