@@ -62,7 +62,7 @@ def num_blocks_bound(num_pairs: int, num_experts: int, block: int) -> int:
     return (num_pairs + num_experts * (block - 1)) // block
 
 
-def make_plan(idx_TK: Int[Array, "T K"], num_experts: int, block: int) -> Plan:
+def make_plan(idx_TK: Int[Array, "T K"], num_experts: int, block: int, most_pairs: int | None = None) -> Plan:
     """Plans the way of T tokens with K chosen experts each to expert-sorted rows.
 
     Args:
@@ -70,9 +70,10 @@ def make_plan(idx_TK: Int[Array, "T K"], num_experts: int, block: int) -> Plan:
             row and adds nothing to the output), as expert parallelism does with other devices' experts.
         num_experts: E.
         block: rows that one expert's share is padded to a multiple of.
+        most_pairs: the caller's promise that no more choices than that are kept; rows past it would be lost. None: T K.
 
     Returns:
-        A plan of ``num_blocks_bound(T * K, num_experts, block)`` blocks.
+        A plan of ``num_blocks_bound(most_pairs, num_experts, block)`` blocks.
 
     Raises:
         ValueError: ``num_experts`` or ``block`` is below 1.
@@ -80,7 +81,8 @@ def make_plan(idx_TK: Int[Array, "T K"], num_experts: int, block: int) -> Plan:
     if num_experts < 1 or block < 1:
         raise ValueError(f"make_plan: num_experts and block must be at least 1, got {num_experts} and {block}")
     num_pairs = idx_TK.size
-    num_blocks_max = num_blocks_bound(num_pairs, num_experts, block)
+    most_pairs = num_pairs if most_pairs is None else min(most_pairs, num_pairs)
+    num_blocks_max = num_blocks_bound(most_pairs, num_experts, block)
     num_rows = num_blocks_max * block
     expert_P = idx_TK.reshape(-1).astype(jnp.int32)
 
