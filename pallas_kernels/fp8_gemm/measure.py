@@ -196,15 +196,15 @@ class _CapturedOutput:
 
 
 def device_calc_diff(got: Array, expected: Array) -> float:
-    """``calc_diff`` with sums by row on the device, in float64 from there; NaN where a value is not finite."""
+    """``calc_diff`` as ``|x - y|^2 / (|x|^2 + |y|^2)``, sums by row on the device; NaN where a value is not finite."""
 
     @jax.jit
     def sums(x: Array, y: Array) -> tuple[Array, Array]:
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-        return (x * y).sum(-1), (x * x + y * y).sum(-1)
+        return jnp.square(x - y).sum(-1), (x * x + y * y).sum(-1)
 
-    product, energy = (np.asarray(s, np.float64).sum() for s in sums(got, expected))
-    return float(1.0 - 2.0 * product / energy)
+    difference, energy = (np.asarray(s, np.float64).sum() for s in sums(got, expected))
+    return float(difference / energy)
 
 
 def _burst(function: Any, sets: list[Operands], intos: Any) -> float:

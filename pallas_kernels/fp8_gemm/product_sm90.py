@@ -21,6 +21,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mosaic_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend import core as jax_core
 
 from pallas_kernels import varying
 
@@ -344,8 +345,18 @@ def run(
         thread_name="warpgroup",
         interpret=interpret,
     )
-    if into is None:
-        return varying.like(kernel(*operands), *operands)
-    total = jax.new_ref(into)
-    kernel(*operands, total)
-    return jax.freeze(total)
+
+    def call(*operands: Array) -> Array:
+        if into is None:
+            return kernel(*operands)
+        *operands, start = operands
+        total = jax.new_ref(start)
+        kernel(*operands, total)
+        return jax.freeze(total)
+
+    operands = operands if into is None else (*operands, into)
+    if varying.axes_of(*operands):
+        # Code for one warp may not see operands that vary over a mesh: it is traced on operands that do not.
+        traced = jax.make_jaxpr(call)(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands))
+        return varying.like(jax_core.jaxpr_as_fun(traced)(*operands)[0], *operands)
+    return call(*operands)

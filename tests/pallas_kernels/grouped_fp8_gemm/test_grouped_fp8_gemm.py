@@ -79,8 +79,8 @@ def test_wrong_operands_are_one_clear_line():
     groups = jnp.zeros(2, jnp.int32)
     with pytest.raises(ValueError, match="q_MK has M = 256, but group_of_block names 3 blocks of 128"):
         grouped_fp8_gemm(q, jnp.ones((1, 256)), w, jnp.ones((2, 1, 1)), jnp.zeros(3, jnp.int32))
-    with pytest.raises(ValueError, match=r"sb_GNK must be float32 \(2, 1, 1\), got float32 \(1, 1, 1\)"):
-        grouped_fp8_gemm(q, jnp.ones((1, 256)), w, jnp.ones((1, 1, 1)), groups)
+    with pytest.raises(ValueError, match=r"sb_GNK must be float32 \(2, 1, 1\), got float32 \(2, 2, 1\)"):
+        grouped_fp8_gemm(q, jnp.ones((1, 256)), w, jnp.ones((2, 2, 1)), groups)
     with pytest.raises(ValueError, match="implementation 'pallas' cannot run"):
         grouped_fp8_gemm(q, jnp.ones((1, 256)), w, jnp.ones((2, 1, 1)), groups, implementation="pallas")
     wrong = jnp.zeros((1, 256, 256))

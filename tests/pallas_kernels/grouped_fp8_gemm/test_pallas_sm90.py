@@ -97,7 +97,7 @@ def test_results_on_hopper_agree_with_the_definition(case):
         expected = expected + into
         for group, rows in enumerate(case.rows_of_group):
             assert rows > 0 or bool(jnp.all(got[group] == into[group]))
-    assert measure.device_calc_diff(got, expected) < (1e-9 if work.into else 1e-5)
+    assert measure.device_calc_diff(got, expected) < (1e-6 if work.into else 1e-5)
     if case.operation == "contiguous":
         assert not bool(jnp.any(got[128 * case.used_blocks :]))
     if case.operation == "masked":
