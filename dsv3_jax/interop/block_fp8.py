@@ -63,7 +63,9 @@ def _unblocked(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 @jax.jit
 def _block_amax(rows: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(_blocks(rows)), axis=(1, 3))
+    # As integers, which are ordered alike: on CPU, XLA's maximum of many floats passes over a NaN.
+    bits = jax.lax.bitcast_convert_type(jnp.abs(_blocks(rows)), jnp.int32)
+    return jax.lax.bitcast_convert_type(jnp.max(bits, axis=(1, 3)), jnp.float32)
 
 
 def _divided(rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
