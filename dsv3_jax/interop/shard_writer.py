@@ -10,8 +10,22 @@ from pathlib import Path
 
 import numpy as np
 
+from dsv3_jax.chunks import Buffers
 from dsv3_jax.interop.shard_plan import FileLayout, ShardPlan
-from dsv3_jax.interop.tensor_io import FileHandles, TensorEntry, WeightsError, names_line, read_at, write_at
+from dsv3_jax.interop.tensor_io import (
+    DIRECT,
+    DIRECT_FROM,
+    PAGE,
+    FileHandles,
+    TensorEntry,
+    WeightsError,
+    names_line,
+    read_at,
+    write_at,
+)
+
+_PIECE = 4 * 2**20
+"""Bytes that are copied to whole pages and written at a time."""
 
 
 class Coverage:
@@ -72,6 +86,8 @@ class RowWriter:
         self.folder, self.plan = Path(folder), plan
         self._coverage = {name: Coverage() for name in plan.tensors}
         self._handles = FileHandles(os.O_RDWR, max_open_files)
+        self._direct = FileHandles(os.O_WRONLY | DIRECT, max_open_files)
+        self._buffers = Buffers(_PIECE, count=4)
         self._lock = threading.Lock()
         self._bytes_written = 0
         try:
@@ -106,12 +122,25 @@ class RowWriter:
             raise WeightsError(f"{entry.file}: {name} has rows 0:{entry.rows}, not {start}:{start + shape[0]}")
         data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
         begin = start * entry.row_bytes
-        with self._handles.use(self.folder / entry.file) as fd:
-            write_at(fd, data, entry.offset + begin, self.folder / entry.file)
+        self._write(self.folder / entry.file, data, entry.offset + begin)
         crc = self._checksum(data)
         with self._lock:
             self._coverage[name].add(begin, begin + len(data), crc)
             self._bytes_written += len(data)
+
+    def _write(self, path: Path, data: memoryview, offset: int) -> None:
+        """Whole pages past the page cache, the edges, which neighbours share, through it."""
+        first, last = -(-offset // PAGE) * PAGE, (offset + len(data)) // PAGE * PAGE
+        if len(data) < DIRECT_FROM:
+            first = last = offset + len(data)
+        with self._handles.use(path) as fd:
+            write_at(fd, data[: first - offset], offset, path)
+            write_at(fd, data[last - offset :], last, path)
+        for begin in range(first, last, self._buffers.nbytes):
+            piece = data[begin - offset : min(begin + self._buffers.nbytes, last) - offset]
+            with self._buffers.take() as buffer, memoryview(buffer) as view, self._direct.use(path) as fd:
+                view[: len(piece)] = piece
+                write_at(fd, view[: len(piece)], begin, path)
 
     def assume_written(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Declares rows ``start:stop`` to be on disk already, written by the one whose work is resumed."""
@@ -136,7 +165,7 @@ class RowWriter:
             with self._handles.use(path) as fd:
                 self._finish(layout, fd)
                 os.fsync(fd)
-        self._handles.close()
+        self.abandon()
         if self.plan.index_file:
             hidden = self.folder / f".{self.plan.index_file}"
             try:
@@ -152,6 +181,7 @@ class RowWriter:
     def abandon(self) -> None:
         """Closes the files unfinished; a later writer can resume."""
         self._handles.close()
+        self._direct.close()
 
     def __enter__[T](self: T) -> T:
         return self
