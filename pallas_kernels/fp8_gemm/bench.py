@@ -39,10 +39,7 @@ def tilings(case: cases.Case) -> list[Tiling]:
             Tiling(unroll=1, block_n=192, cluster=2, store_slots=3),
         ]
         if case.columns % 128:
-            made += [
-                Tiling(unroll=1, block_n=176, cluster=2, store_slots=11),
-                Tiling(unroll=2, block_n=96, cluster=2, store_slots=3),
-            ]
+            made += [Tiling(unroll=2, block_n=96, cluster=2, store_slots=3)]
         return [deepened(tiling) for tiling in made]
     widths = (96, 128, 192) if case.columns >= 16384 else (16, 32, 64)
 

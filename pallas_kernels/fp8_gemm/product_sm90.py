@@ -109,7 +109,9 @@ class Tile:
         b_scale_at: step -> the scales of B's rows ``[block_n]``; None where B has block scales.
         b_block_scale: (chunk, step) -> the scale of the tile's chunk of columns; None where B has row scales.
         out_at: (rows, columns) -> that part of the tile's result.
-        steps: of the contraction, 0 for a tile of zeros.
+        steps: of the contraction. A loop that may end before its first step costs registers, so where all tiles in use
+            have as many steps this is a plain number.
+        active: whether the tile has any step; else it is zeros. None: it has.
         row_limit: rows of the tile from here on are zeros; None: no such row.
     """
 
@@ -120,6 +122,7 @@ class Tile:
     b_block_scale: Callable[[int, Any], Any] | None
     out_at: Callable[[Any, Any], Any]
     steps: Any
+    active: Any = None
     row_limit: Any = None
 
 
@@ -219,12 +222,26 @@ def run(
                     plgpu.copy_gmem_to_smem(tile.b_scale_at(k), b_scales.at[slot], arrived)
                 return following(slot)
 
-            return lax.fori_loop(0, tile.steps, step, slot)
+            steps = tile.steps if tile.active is None else jnp.where(tile.active, tile.steps, 0)
+            return lax.fori_loop(0, steps, step, slot)
 
         def hand_back(slot: Any) -> None:
             if tiling.fenced:
                 _fence_scales()
             plgpu.barrier_arrive(empty.at[slot])
+
+        def compute(tile: Tile, slot: Any) -> Any:
+            def clear(slot: Any) -> Any:
+                if into is None:
+                    store(tile, (zeros(),) * (block_n // chunk))
+                return slot
+
+            if tile.active is None:
+                return multiply(tile, slot)
+            return lax.cond(tile.active, lambda slot: multiply(tile, slot), clear, slot)
+
+        def zeros() -> Array:
+            return plgpu.layout_cast(jnp.zeros((_ROWS, chunk), jnp.float32), plgpu.Layout.WGMMA)
 
         def multiply(tile: Tile, slot: Any) -> Any:
             rows = pl.ds(warpgroup * _ROWS, _ROWS)
@@ -275,9 +292,8 @@ def run(
 
                 return step(0, None, sums, slot)
 
-            zeros = plgpu.layout_cast(jnp.zeros((_ROWS, chunk), jnp.float32), plgpu.Layout.WGMMA)
-            carry = ((zeros,) * (block_n // chunk), slot)
-            rounds = lax.div(tile.steps, unroll)
+            carry = ((zeros(),) * (block_n // chunk), slot)
+            rounds = tile.steps // unroll if isinstance(tile.steps, int) else lax.div(tile.steps, unroll)
             carry = lax.fori_loop(0, rounds, lambda i, carry: steps(i * unroll, unroll, *carry), carry)
             if step_multiple % unroll:
                 carry = lax.fori_loop(rounds * unroll, tile.steps, lambda k, carry: steps(k, 1, *carry), carry)
@@ -318,7 +334,7 @@ def run(
             plgpu.set_max_registers(_math_registers(warpgroups), action="increase")
             for slot in range(stages):
                 plgpu.barrier_arrive(empty.at[slot])
-            for_every_tile(multiply)
+            for_every_tile(compute)
             plgpu.wait_smem_to_gmem(0)
 
     body.__name__ = tiling.name(column_scales)
@@ -349,12 +365,11 @@ def run(
     def call(*operands: Array) -> Array:
         if into is None:
             return kernel(*operands)
-        *operands, start = operands
-        total = jax.new_ref(start)
-        kernel(*operands, total)
+        total = jax.new_ref(operands[-1])
+        kernel(*operands[:-1], total)
         return jax.freeze(total)
 
-    operands = operands if into is None else (*operands, into)
+    operands += () if into is None else (into,)
     if varying.axes_of(*operands):
         # Code for one warp may not see operands that vary over a mesh: it is traced on operands that do not.
         traced = jax.make_jaxpr(call)(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands))

@@ -60,9 +60,10 @@ def grouped(columns: int, contraction: int) -> Tiling:
 def masked(max_rows: int, columns: int, contraction: int) -> Tiling:
     """For ``masked_fp8_gemm``."""
     del columns, contraction
-    return _DENSE if max_rows > 64 else deepened(Tiling(block_n=64, warpgroups=1))
+    return deepened(Tiling(unroll=2) if max_rows > 64 else Tiling(block_n=64, warpgroups=1))
 
 
 def grouped_wgrad(rows: int, columns: int) -> Tiling:
-    """For ``grouped_fp8_wgrad``."""
-    return wgrad(rows, columns, 0)
+    """For ``grouped_fp8_wgrad``. Steps are not known beforehand: unrolled, products wait for one another."""
+    del rows, columns
+    return deepened(Tiling(unroll=1), column_scales=True, out_bytes=4)

@@ -19,12 +19,16 @@ from pallas_kernels.grouped_fp8_gemm import cases, pallas_sm90, reference
 def tilings(case: cases.Case) -> list[Tiling]:
     """What ``--sweep`` tries besides the default."""
     if case.operation == "wgrad":
-        made = [Tiling(unroll=1), Tiling(unroll=2, cluster=2), Tiling(unroll=1, cluster=2)]
+        made = [
+            Tiling(unroll=1, cluster=2),
+            Tiling(unroll=1, cluster=2, share="a"),
+            Tiling(unroll=1, minor=0, width=16),
+        ]
         return [deepened(tiling, column_scales=True, out_bytes=4) for tiling in made]
     share = "a" if case.operation == "contiguous" else "b"
     made = [
         Tiling(unroll=1, cluster=2, share=share),
-        Tiling(unroll=4, cluster=2, share=share),
+        Tiling(unroll=2, cluster=2, share=share),
         Tiling(unroll=2),
         Tiling(unroll=2, cluster=2, share=share, minor=0, width=16),
     ]

@@ -63,7 +63,8 @@ def gemm(
             b_scale_at=None,
             b_block_scale=lambda chunk, k: sb_ref[group, weight_block(column, chunk, tiling, sb_GNK.shape[1]), k],
             out_at=lambda m, n: out_ref.at[pl.ds(row + m.start, m.size), pl.ds(column + n.start, n.size)],
-            steps=jnp.where(block < used_ref[0], dim_k // STEP, 0),
+            steps=dim_k // STEP,
+            active=block < used_ref[0],
         )
 
     return run(
@@ -107,7 +108,8 @@ def masked(
             b_scale_at=None,
             b_block_scale=lambda chunk, k: sb_ref[group, weight_block(column, chunk, tiling, sb_GNK.shape[1]), k],
             out_at=lambda m, n: out_ref.at[group, pl.ds(row + m.start, m.size), pl.ds(column + n.start, n.size)],
-            steps=jnp.where(cluster_row(row, tiling) < count, dim_k // STEP, 0),
+            steps=dim_k // STEP,
+            active=cluster_row(row, tiling) < count,
             row_limit=count - row,
         )
 
@@ -168,6 +170,7 @@ def wgrad(
             b_block_scale=None,
             out_at=lambda m, n: out_ref.at[group, pl.ds(row + m.start, m.size), pl.ds(column + n.start, n.size)],
             steps=end - first,
+            active=end > first,
         )
 
     return run(
