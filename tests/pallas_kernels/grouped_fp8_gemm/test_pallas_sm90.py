@@ -60,8 +60,8 @@ def test_products_in_the_interpreter_equal_the_definition_without_a_race(case, t
         assert [bool(np.any(dw)) for dw in got] == [rows > 0 for rows in case.rows_of_group]
 
 
-@pytest.mark.parametrize("case", cases.BENCHED, ids=lambda case: case.name)
-def test_the_defaults_lower_for_hopper_at_every_benched_shape(case):
+@pytest.mark.parametrize("case", [cases.CONTIGUOUS[-1], cases.MASKED[-1], cases.WGRAD[-1]], ids=lambda case: case.name)
+def test_the_defaults_lower_for_hopper_at_benched_shapes(case):
     work = bench.work(case)
     operands = jax.eval_shape(work.make, jax.random.key(0))
     into = None if work.into is None else jax.eval_shape(work.into)
