@@ -5,6 +5,7 @@ Every tensor of a Hugging Face folder is a slice of one of our arrays: ours are 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
@@ -143,12 +144,18 @@ class Tensor:
 
 def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every array of the model, by path: ``params/...`` and ``router_bias/...``. Nothing is allocated."""
+    return dict(_leaf_shapes(config))
+
+
+@functools.lru_cache(maxsize=8)
+def _leaf_shapes(config: ModelConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Remembered: the model is traced for it."""
     parts = split_model(abstract_model(config))
     tree = {"params": parts.params, "router_bias": parts.router_bias}
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+    return tuple(
+        (jax.tree_util.keystr(path, simple=True, separator="/"), tuple(leaf.shape))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    )
 
 
 def scale_leaf(leaf: str) -> str:

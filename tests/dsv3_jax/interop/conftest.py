@@ -3,6 +3,7 @@
 import fcntl
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,25 +25,41 @@ def oracle():
 
 
 @pytest.fixture(scope="session")
-def hf_families(oracle, tmp_path_factory) -> dict[str, answers.Family]:
-    """Every family's folder as transformers wrote it, with its answers: made once for all of xdist's workers.
+def made_once(tmp_path_factory):
+    """``(name, make) -> folder`` that ``make(folder)`` filled: once for all of xdist's workers.
 
-    Folders are shared: tests must not change them.
+    The folder is shared: tests must not change it.
     """
     base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "hf_families"
-    shared.mkdir(exist_ok=True)
-    families = {
-        name: answers.Family(name, config, shared / name, shared / f"{name}.npz", shared / f"{name}.again.npz")
-        for name, config in FAMILIES.items()
-    }
-    with Path(shared, "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (shared / "made").exists():
-            jobs = [job for seed, family in enumerate(families.values()) for job in _jobs(family, seed)]
-            oracle([*jobs, {"do": "safetensors_dump", "folder": shared / "v3", "out": shared / "v3.dump.npz"}])
-            (shared / "made").touch()
-    return families
+
+    def folder(name: str, make: Callable[[Path], None]) -> Path:
+        shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+        shared.mkdir(exist_ok=True)
+        with Path(shared, "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (shared / "made").exists():
+                make(shared)
+                (shared / "made").touch()
+        return shared
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hf_families(oracle, made_once) -> dict[str, answers.Family]:
+    """Every family's folder as transformers wrote it, with its answers."""
+
+    def within(shared: Path) -> dict[str, answers.Family]:
+        return {
+            name: answers.Family(name, config, shared / name, shared / f"{name}.npz", shared / f"{name}.again.npz")
+            for name, config in FAMILIES.items()
+        }
+
+    def make(shared: Path) -> None:
+        jobs = [job for seed, family in enumerate(within(shared).values()) for job in _jobs(family, seed)]
+        oracle([*jobs, {"do": "safetensors_dump", "folder": shared / "v3", "out": shared / "v3.dump.npz"}])
+
+    return within(made_once("hf_families", make))
 
 
 def _jobs(family: answers.Family, seed: int) -> list[dict]:

@@ -216,6 +216,8 @@ def load(folder, dtype, dequantize):
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if wrong:
         raise Refused(f"{folder}: {json.dumps(wrong)}")
+    if dequantize:  # what was not quantized has kept the file's type
+        model = model.to(getattr(torch, dtype))
     return model.eval()
 
 
