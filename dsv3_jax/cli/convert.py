@@ -102,7 +102,7 @@ class _Bars:
         from rich.progress import TransferSpeedColumn as Speed
 
         console = Console(stderr=True)
-        self._terminal = console.is_terminal
+        self._terminal = sys.stderr.isatty()  # FORCE_COLOR, which notebooks set, makes no pipe a terminal
         self._tasks: dict[str, object] = {}
         self._told = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), Speed(), TimeRemainingColumn())
