@@ -15,7 +15,7 @@ from dsv3_jax.nn.ffn import FeedForward, swiglu
 from dsv3_jax.nn.linear import init_weight
 from dsv3_jax.nn.router import Router, Routing, count_experts
 from pallas_kernels.grouped_gemm import grouped_gemm
-from pallas_kernels.permute import make_plan, permute, unpermute
+from sharding.expert_parallel import ExpertParallel, routed
 
 BalanceLoss = Callable[[Routing], Float[Array, ""]]
 
@@ -31,13 +31,15 @@ class MoEAux(NamedTuple):
 class MoE(nnx.Module):
     """Routed experts by grouped matrix products over rows sorted by expert, plus shared experts with weight 1.
 
-    ``gate_up`` is [E, D, 2I] with the gate's columns first, ``down`` [E, I, D]. Any module that maps ``[B, T, D]`` to a
+    ``gate_up`` is [E, D, 2I] with the gate's columns first, ``down`` [E, I, D]; on several ranks each
+    has its share of the experts (:func:`place_experts`). Any module that maps ``[B, T, D]`` to a
     :class:`Routing` can stand in for the router.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, router: Callable[..., nnx.Module] = Router):
         experts, width, size = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.config = config
+        self.placement = ExpertParallel()
         self.router = router(config, rngs=rngs)
         self.gate_up = nnx.Param(init_weight(config, rngs, experts, size, 2 * width))
         self.down = nnx.Param(init_weight(config, rngs, experts, width, size))
@@ -56,19 +58,55 @@ class MoE(nnx.Module):
         return out, MoEAux(loss, count_experts(routing.experts, self.config.n_routed_experts))
 
     def routed(self, x: Float[Array, "B T D"], routing: Routing) -> Float[Array, "B T D"]:
-        """Sum over a token's experts of gate value times expert output."""
-        x_TD = x.reshape(-1, x.shape[-1])
+        """Sum over a token's experts of gate value times expert output.
+
+        Raises:
+            ValueError: the weights are not this rank's share of the experts.
+        """
+        experts, (local, size, _) = self.config.n_routed_experts, self.gate_up.shape
+        if local * self.placement.size != experts:
+            raise ValueError(
+                f"weights of {local} experts on each of {self.placement.size} ranks, the model has {experts}"
+            )
         chosen = routing.experts.shape[-1]
-        experts = self.config.n_routed_experts
-        block = block_rows(x_TD.shape[0] * chosen, experts)
-        plan = make_plan(routing.experts.reshape(-1, chosen), experts, block)
-        rows_MD = permute(x_TD, plan)
-        gemm = functools.partial(
-            grouped_gemm, group_of_block=plan.group_of_block, block=block, num_blocks=plan.num_blocks
+        x_TD = x.reshape(-1, size)
+        out_TD = routed(
+            x_TD,
+            routing.experts.reshape(-1, chosen),
+            routing.weights.reshape(-1, chosen),
+            (self.gate_up[...], self.down[...]),
+            swiglu_experts,
+            num_experts=experts,
+            block=block_rows(x_TD.shape[0] * chosen, local),
+            placement=self.placement,
         )
-        hidden_MI = swiglu(checkpoint_name(gemm(rows_MD, self.gate_up[...]), "gate_up"))
-        out_MD = gemm(hidden_MI, self.down[...])
-        return unpermute(out_MD, routing.weights.reshape(-1, chosen), plan).reshape(x.shape)
+        return out_TD.reshape(x.shape)
+
+
+def swiglu_experts(
+    params: tuple[Float[Array, "E D I2"], Float[Array, "E I D"]],
+    rows_MD: Float[Array, "M D"],
+    group_of_block: Int[Array, " NB"],
+    num_blocks: Int[Array, ""],
+    block: int,
+) -> Float[Array, "M D"]:
+    """Gate, up and down of one rank's experts on rows sorted by expert."""
+    gate_up_EDI, down_EID = params
+    gemm = functools.partial(grouped_gemm, group_of_block=group_of_block, block=block, num_blocks=num_blocks)
+    hidden_MI = swiglu(checkpoint_name(gemm(rows_MD, gate_up_EDI), "gate_up"))
+    return gemm(hidden_MI, down_EID)
+
+
+def place_experts(model: nnx.Module, placement: ExpertParallel) -> None:
+    """Tells every mixture-of-experts layer of ``model`` how its experts lie over a mesh axis.
+
+    Afterwards the layers' ``gate_up`` and ``down`` are expected to be one rank's share ``[E / N, ...]`` when they are
+    called, per device inside ``jax.shard_map``; everything else of the model stays whole. The choice is part of the
+    graph of ``nnx.split``, not of the arrays.
+    """
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, MoE):
+            module.placement = placement
 
 
 def block_rows(rows: int, experts: int) -> int:

@@ -5,13 +5,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels.permute import Plan, make_plan
+from pallas_kernels.permute import Plan
 
 
 class Copies(NamedTuple):
     """Copies of T tokens for n destinations, one for each (token, destination) however many choices it serves.
 
-    A token has ``X = min(K, n)`` columns; in an unused one the destination is n.
+    A token has ``X = min(K, n)`` columns; in an unused one the destination is n. Sorted, copies lie by destination and
+    in token order within one.
     """
 
     destination_TX: Int[Array, "T X"]
@@ -19,8 +20,12 @@ class Copies(NamedTuple):
     """The round of the exchange that takes the copy."""
     rounds: Int[Array, ""]
     """Rounds that these copies need, at least 1."""
-    order: Plan
-    """Copies sorted by destination, in token order within one; blocks of one row."""
+    start_n: Int[Array, "n1"]
+    """Place of each destination's first copy among the sorted ones, and the number of copies."""
+    column_P: Int[Array, "P"]
+    """Sorted copies: the flat index ``t * X + column``."""
+    place_TX: Int[Array, "T X"]
+    """The inverse of ``column_P``."""
 
 
 def find_copies(idx_TK: Int[Array, "T K"], destinations: int, experts: int, room: int = 0) -> Copies:
@@ -32,27 +37,32 @@ def find_copies(idx_TK: Int[Array, "T K"], destinations: int, experts: int, room
         experts: experts that one destination owns.
         room: a destination's round is full when the choices of its copies reach it; 0: one round takes all.
     """
-    wanted_TK = idx_TK // experts
+    wanted_TK = (idx_TK // experts).astype(jnp.int32)
     if destinations <= idx_TK.shape[1]:
         served_TKX = wanted_TK[:, :, None] == jnp.arange(destinations)
         pairs_TX = jnp.sum(served_TKX, axis=1, dtype=jnp.int32)
-        destination_TX = jnp.where(pairs_TX > 0, jnp.arange(destinations), destinations)
+        destination_TX = jnp.where(pairs_TX > 0, jnp.arange(destinations, dtype=jnp.int32), destinations)
     else:
         same_TKX = wanted_TK[:, :, None] == wanted_TK[:, None, :]
         pairs_TX = jnp.sum(same_TKX, axis=1, dtype=jnp.int32)
-        seen_TX = jnp.any(jnp.triu(same_TKX, 1), axis=1)
-        destination_TX = jnp.where(seen_TX, destinations, wanted_TK)
-    destination_TX = destination_TX.astype(jnp.int32)
-    order = make_plan(destination_TX, destinations, 1)
-    if not room:
-        return Copies(destination_TX, jnp.zeros_like(destination_TX), jnp.ones((), jnp.int32), order)
-    pairs_P = pairs_TX.reshape(-1).at[order.pair_of_row_M].get(mode="fill", fill_value=0)
-    before_P = jnp.cumsum(pairs_P) - pairs_P
-    first_n = jnp.append(before_P, 0)[_starts(order)]
-    safe_TX = jnp.minimum(destination_TX, destinations - 1)
-    before_TX = before_P.at[order.row_of_pair_TK].get(mode="fill", fill_value=0) - first_n[safe_TX]
-    round_TX = jnp.where(destination_TX < destinations, before_TX // room, 0)
-    return Copies(destination_TX, round_TX, jnp.max(round_TX) + 1, order)
+        destination_TX = jnp.where(jnp.any(jnp.triu(same_TKX, 1), axis=1), destinations, wanted_TK)
+
+    destination_P = destination_TX.reshape(-1)
+    column_P = jnp.argsort(destination_P, stable=True).astype(jnp.int32)
+    start_n = jnp.searchsorted(destination_P[column_P], jnp.arange(destinations + 1, dtype=jnp.int32))
+    numbers_P = jnp.arange(destination_P.size, dtype=jnp.int32)
+    place_TX = jnp.zeros_like(destination_P).at[column_P].set(numbers_P, unique_indices=True)
+    place_TX = place_TX.reshape(destination_TX.shape)
+
+    if room:
+        pairs_P = pairs_TX.reshape(-1)[column_P]
+        before_P = jnp.cumsum(pairs_P) - pairs_P
+        first_n = before_P.at[start_n].get(mode="clip")
+        round_TX = (before_P[place_TX] - first_n[destination_TX]) // room
+        round_TX = jnp.where(destination_TX < destinations, round_TX, 0)
+    else:
+        round_TX = jnp.zeros_like(destination_TX)
+    return Copies(destination_TX, round_TX, jnp.max(round_TX) + 1, start_n.astype(jnp.int32), column_P, place_TX)
 
 
 def slots_of_round(copies: Copies, turn: Int[Array, ""] | int, slots: int) -> Plan:
@@ -61,31 +71,23 @@ def slots_of_round(copies: Copies, turn: Int[Array, ""] | int, slots: int) -> Pl
     The caller promises that no destination's round has more than ``slots`` copies, as rounds of a ``room`` of at most
     ``slots`` have not.
     """
-    order, start_n = copies.order, _starts(copies.order)
-    destinations, pairs = start_n.shape[0], copies.round_TX.size
-    round_P = copies.round_TX.reshape(-1).at[order.pair_of_row_M].get(mode="fill", fill_value=0)
-    end_n = start_n + order.counts_E
-    earlier_P = jnp.append(0, jnp.cumsum(round_P < turn))
-    begin_n = start_n + earlier_P[end_n] - earlier_P[start_n]
-    same_P = jnp.append(0, jnp.cumsum(round_P == turn))
-    counts_n = same_P[end_n] - same_P[start_n]
+    columns, destinations = copies.column_P.size, copies.start_n.size - 1
+    going_TXn = copies.destination_TX[:, :, None] == jnp.arange(destinations)
+    round_TX1 = copies.round_TX[:, :, None]
+    begin_n = copies.start_n[:-1] + jnp.sum(going_TXn & (round_TX1 < turn), axis=(0, 1), dtype=jnp.int32)
+    counts_n = jnp.sum(going_TXn & (round_TX1 == turn), axis=(0, 1), dtype=jnp.int32)
 
-    place_M = jnp.tile(jnp.arange(slots, dtype=jnp.int32), destinations)
-    row_M = jnp.minimum(jnp.repeat(begin_n, slots) + place_M, pairs - 1)
-    pair_of_row_M = jnp.where(place_M < jnp.repeat(counts_n, slots), order.pair_of_row_M[row_M], pairs)
+    slot_C = jnp.arange(slots, dtype=jnp.int32)
+    column_nC = copies.column_P.at[begin_n[:, None] + slot_C].get(mode="clip")
+    column_nC = jnp.where(slot_C < counts_n[:, None], column_nC, columns)
 
     going_TX = (copies.destination_TX < destinations) & (copies.round_TX == turn)
-    safe_TX = jnp.minimum(copies.destination_TX, destinations - 1)
-    slot_TX = safe_TX * slots + order.row_of_pair_TK - begin_n[safe_TX]
+    slot_TX = copies.destination_TX * slots + copies.place_TX - begin_n[copies.destination_TX]
     return Plan(
         counts_E=counts_n,
         group_of_block=jnp.arange(destinations, dtype=jnp.int32),
-        pair_of_row_M=pair_of_row_M,
+        pair_of_row_M=column_nC.reshape(-1),
         row_of_pair_TK=jnp.where(going_TX, slot_TX, destinations * slots),
         num_blocks=jnp.asarray(destinations, jnp.int32),
         block=slots,
     )
-
-
-def _starts(order: Plan) -> Array:
-    return jnp.cumsum(order.counts_E) - order.counts_E

@@ -110,7 +110,7 @@ def _round(
         # One message for both: float32 holds the numbers of experts exactly.
         record = exchange(hop, jnp.concatenate([weights_SC.astype(jnp.float32), idx_SC.astype(jnp.float32)], axis=1))
         weights_RC, idx_RC = record[:, :columns], lax.stop_gradient(record[:, columns:]).astype(jnp.int32)
-        x_RD = _dispatch(hop, x_TD, slots)
+        x_RD: Any = _dispatch(hop, x_TD, slots)
     y_RD = inner(params, x_RD, idx_RC, weights_RC, most_pairs)
     with jax.named_scope("combine"):
         return _combine(hop, y_RD, slots)
@@ -124,7 +124,10 @@ def _rounds(hop: Hop, inner: Inner, inputs: Any, idx_TK: Array, copies: Copies, 
 def _later_rounds(
     hop: Hop, inner: Inner, inputs: Any, idx_TK: Array, copies: Copies, rounds: Array, y_TD: Array
 ) -> Array:
-    return lax.fori_loop(1, rounds, lambda turn, y_TD: y_TD + _round(hop, inner, inputs, idx_TK, copies, turn), y_TD)
+    def add_round(turn: Array, y_TD: Array) -> Array:
+        return y_TD + _round(hop, inner, inputs, idx_TK, copies, turn)
+
+    return lax.fori_loop(1, rounds, add_round, y_TD)
 
 
 def _rounds_forward(

@@ -9,7 +9,7 @@ from pallas_kernels.quantize import dequantize_rows, quantize_rows
 
 
 def pack(x_RD: Float[Array, "R D"]) -> UInt8[Array, "R Y"]:
-    """``Y = D + ceil(D / 128)`` bytes a row: 7168 + 56 for DeepSeek-V3. Scales are powers of two, so exponents tell all.
+    """``Y = D + ceil(D / 128)`` bytes a row, 7168 + 56 for DeepSeek-V3; a power of two is told by its exponent.
 
     A row of zero bytes unpacks to zeros. A tile with an infinity or a NaN unpacks to NaN.
     """

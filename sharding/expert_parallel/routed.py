@@ -6,9 +6,11 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from sharding.expert_parallel.choices import ExpertFn, local_experts
-from sharding.expert_parallel.hop import Hop, Inner, run_hop
+from sharding.expert_parallel.hop import Hop, run_hop
 from sharding.expert_parallel.placement import ExpertParallel, pair_room
 from sharding.expert_parallel.ring import ring
+
+ONE_RANK = ExpertParallel()
 
 
 def routed(
@@ -20,7 +22,7 @@ def routed(
     *,
     num_experts: int,
     block: int,
-    placement: ExpertParallel = ExpertParallel(),
+    placement: ExpertParallel = ONE_RANK,
 ) -> Float[Array, "T D"]:
     """Each token's weighted sum over its experts, wherever they live; called per device inside ``jax.shard_map``.
 
