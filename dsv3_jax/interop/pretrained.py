@@ -2,7 +2,7 @@
 
 import uuid
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -135,7 +135,7 @@ def load_into(path: str | Path, abstract: Tree) -> Tree:
     return _filled(abstract, leaves)
 
 
-def _by_path(tree: Tree) -> dict[str, jax.Array]:
+def _by_path(tree: Tree) -> dict[str, Any]:
     found = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
 

@@ -67,3 +67,33 @@ def _jobs(family: answers.Family, seed: int) -> list[dict]:
     make["published"] = family.name in PUBLISHED_STYLE
     read = {"do": "read", "folder": family.folder, "tokens": family.answers_file, "out": family.again_file}
     return [make, read]
+
+
+@pytest.fixture(scope="session")
+def ragged_config():
+    """Of folders.RAGGED."""
+    from dsv3_jax.config import load_config
+    from tests.dsv3_jax.interop.folders import RAGGED
+
+    return load_config({"name": "ragged", "model": RAGGED})
+
+
+@pytest.fixture(scope="session")
+def ragged(made_once, ragged_config, tokenizer):
+    """Folder of one random model written as ``fp32``, ``bf16`` and ``fp8``; shared, tests must not change it."""
+    from dsv3_jax.interop.pretrained import save_pretrained
+    from tests.dsv3_jax import micro
+
+    def make(base: Path) -> None:
+        model = micro.model(ragged_config.model)
+        for dtype in ("fp32", "bf16", "fp8"):
+            save_pretrained(model, ragged_config, base / dtype, dtype=dtype, tokenizer=tokenizer)
+
+    return made_once("ragged", make)
+
+
+@pytest.fixture
+def small_slices(monkeypatch):
+    """Weights travel in slices, and lie in chunks, of 2^14 numbers instead of 2^23."""
+    monkeypatch.setattr("dsv3_jax.interop.transfer.CHUNK_ELEMENTS", 2**14)
+    monkeypatch.setattr("dsv3_jax.interop.sink.CHUNK_ELEMENTS", 2**14)
