@@ -18,9 +18,10 @@ from dsv3_jax.nn.mla import MLA, AttentionForm
 from dsv3_jax.nn.moe import BalanceLoss, MoE, MoEAux
 from dsv3_jax.nn.norm import RMSNorm
 from dsv3_jax.nn.router import Router
+from sharding.expert_parallel import DISPATCHED
 
 Remat = Literal["none", "paper", "full"]
-_SAVED = ("latent", "attention", "residual", "gate_up")
+_SAVED = ("latent", "attention", "residual", "gate_up", DISPATCHED)
 
 
 class Block(nnx.Module):
@@ -100,8 +101,9 @@ def run_blocks(
 def rematerialize[**P, R](function: Callable[P, R], remat: Remat, *, scanned: bool) -> Callable[P, R]:
     """``function`` under the chosen recomputation.
 
-    ``paper`` keeps what matrix products other than MLA's up-projections put out, and computes norms,
-    up-projections, rotation and SwiGLU again in the backward pass (spec 12); ``full`` keeps a block's input only.
+    ``paper`` keeps what matrix products other than MLA's up-projections put out and what other ranks sent, and
+    computes norms, up-projections, rotation and SwiGLU again in the backward pass (spec 12); ``full`` keeps a block's
+    input only.
     """
     if remat == "none":
         return function

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.permute import Plan, permute, unpermute
@@ -18,6 +19,9 @@ from sharding.expert_parallel.choices import localize
 from sharding.expert_parallel.copies import Copies, find_copies, slots_of_round
 from sharding.expert_parallel.payload import pack, unpack
 from sharding.expert_parallel.placement import received
+
+DISPATCHED = "dispatched"
+"""Name of what arrives, for a policy of recomputation: where it is saved, nothing is sent a second time."""
 
 Inner = Callable[[Any, Array, Array, Array, int], Array]
 """``(params, x_RD, idx_RC, weights_RC, most_pairs) -> y_RD``: what the receiving ranks do with their rows."""
@@ -47,9 +51,9 @@ def exchange(hop: Hop, rows_SY: Array) -> Array:
 
 def _send(hop: Hop, x_TD: Array, slots: Plan) -> Array:
     if not hop.fp8:
-        return exchange(hop, permute(x_TD, slots))
+        return checkpoint_name(exchange(hop, permute(x_TD, slots)), DISPATCHED)
     bytes_SY = pack(x_TD).at[slots.token_of_row_M].get(mode="fill", fill_value=0)
-    return unpack(exchange(hop, bytes_SY), x_TD.shape[1], x_TD.dtype)
+    return unpack(checkpoint_name(exchange(hop, bytes_SY), DISPATCHED), x_TD.shape[1], x_TD.dtype)
 
 
 def _collect(hop: Hop, y_SD: Array, slots: Plan) -> Array:
@@ -109,6 +113,7 @@ def _round(
         idx_SC, weights_SC = localize(idx_SK, permute(weights_TK, slots), first_S, hop.experts)
         # One message for both: float32 holds the numbers of experts exactly.
         record = exchange(hop, jnp.concatenate([weights_SC.astype(jnp.float32), idx_SC.astype(jnp.float32)], axis=1))
+        record = checkpoint_name(record, DISPATCHED)
         weights_RC, idx_RC = record[:, :columns], lax.stop_gradient(record[:, columns:]).astype(jnp.int32)
         x_RD: Any = _dispatch(hop, x_TD, slots)
     y_RD = inner(params, x_RD, idx_RC, weights_RC, most_pairs)

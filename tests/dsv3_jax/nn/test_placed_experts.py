@@ -47,25 +47,39 @@ def gradients(placement, remat):
     return local
 
 
-@pytest.mark.parametrize(("transport", "remat"), [("counted", "paper"), ("ring", "none")])
-def test_outputs_gradients_and_counts_equal_those_of_one_device(transport, remat):
-    placement = ExpertParallel(2, transport, capacity=1.0)
+def layer_on(placement, remat):
     params = parts(placement)[1]
-    rng = np.random.default_rng(0)
-    x, dy = (jnp.asarray(rng.standard_normal((4, 9, CONFIG.hidden_size)), jnp.float32) for _ in range(2))
     specs = {name: SPECS.get(name, P()) for name in params}
     sharded = jax.shard_map(
         gradients(placement, remat),
-        mesh=make_mesh(expert=2, data=2),
+        mesh=make_mesh(expert=placement.size, data=2),
         in_specs=(specs, P(BATCH_AXES), P(BATCH_AXES)),
         out_specs=(P(BATCH_AXES), P(), specs, P(BATCH_AXES)),
         check_vma=False,
     )
-    found = jax.jit(sharded)(params, x, dy)
-    expected = jax.jit(gradients(ExpertParallel(), "none"))(params, x, dy)
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.standard_normal((8, 5, CONFIG.hidden_size)), jnp.float32) for _ in range(2))
+    return jax.jit(sharded), (params, x, dy)
+
+
+@pytest.mark.parametrize(("transport", "remat"), [("padded", "paper"), ("ring", "none")])
+def test_outputs_gradients_and_counts_equal_those_of_one_device(transport, remat):
+    layer, arguments = layer_on(ExpertParallel(2, transport, capacity=1.0), remat)
+    found = layer(*arguments)
+    expected = jax.jit(gradients(ExpertParallel(), "none"))(*arguments)
     np.testing.assert_array_equal(found[1], expected[1])
     for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert_close(left, right, tolerance=2e-6)
+
+
+def exchanges(placement, remat):
+    layer, arguments = layer_on(placement, remat)
+    return str(layer.trace(*arguments).jaxpr).count("all_to_all[")
+
+
+@pytest.mark.parametrize("placement", [ExpertParallel(2, fp8=True), ExpertParallel(4, "two_hop", capacity=0.0)])
+def test_recomputing_what_the_paper_does_sends_no_token_a_second_time(placement):
+    assert exchanges(placement, "paper") == exchanges(placement, "none") < exchanges(placement, "full")
 
 
 def test_whole_weights_where_shares_are_expected_are_refused():

@@ -67,6 +67,17 @@ def test_the_bound_suffices_and_is_reached_in_the_worst_case():
     assert int(plan.num_blocks) == len(plan.group_of_block) == 7
 
 
+def test_a_promise_of_fewer_kept_pairs_shortens_the_plan_and_changes_nothing_else():
+    idx, x, _, experts, block = draw("some_dropped")
+    kept = int((idx < experts).sum())
+    plan = plan_of(idx, experts, block)
+    short = jax.jit(make_plan, static_argnums=(1, 2, 3))(idx, experts, block, kept)
+    assert kept < idx.size
+    assert short.num_rows == num_blocks_bound(kept, experts, block) * block < plan.num_rows
+    np.testing.assert_array_equal(permute(jnp.asarray(x), short), permute(jnp.asarray(x), plan)[: short.num_rows])
+    np.testing.assert_array_equal(short.row_of_pair_TK, np.where(idx < experts, plan.row_of_pair_TK, short.num_rows))
+
+
 def mixture(x, weights, scale, plan):
     rows = permute(x, plan)
     rows = rows * jnp.repeat(scale[plan.group_of_block], plan.block)[:, None]
