@@ -36,6 +36,7 @@ def parse_config[T](
     *,
     default: str | None = None,
     model_only: bool = False,
+    trainable: bool = True,
 ) -> tuple[Config, T]:
     """``PRESET [--section.field value] [--option value]`` as a validated configuration and the command's own options.
 
@@ -43,9 +44,11 @@ def parse_config[T](
         prog: what the user typed so far, such as ``"dsv3 train"``.
         argv: the words after it.
         description: what the command does, for ``--help``.
-        options: a frozen dataclass of the command's own options; a field ``out`` is the flag ``--out``.
+        options: a frozen dataclass of the command's own options; a field ``out`` is the flag ``--out``. Sections in
+            it need defaults.
         default: preset when none is named; None makes it required.
         model_only: prefer the released architecture over the training recipe of that name.
+        trainable: refuse what this version can plan but not train.
 
     Raises:
         ConfigError: an unknown flag, a value of the wrong kind, or a configuration that cannot be; one line.
@@ -66,7 +69,7 @@ def parse_config[T](
     changes: dict[str, Any] = {}
     for flag in fields.keys() & values.keys():
         _put(changes, fields[flag].path, values[flag])
-    return load_config(preset, changes, model_only=model_only), _own_options(options, own, values)
+    return load_config(preset, changes, model_only=model_only, trainable=trainable), _own_options(options, own, values)
 
 
 def parse_options[T](prog: str, argv: Sequence[str], description: str, options: type[T]) -> T:
@@ -101,11 +104,16 @@ def parse_words[T](
 
 def _own_options[T](options: type[T], own: Mapping[str, _Flag], values: Mapping[str, Any]) -> T:
     for flag, spec in own.items():
+        if len(spec.path) > 1:
+            continue
         (field,) = [item for item in dataclasses.fields(typing.cast(Any, options)) if item.name == spec.path[0]]
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and flag not in values:
             raise ConfigError(f"{flag} is missing")
-    return build(options, {own[flag].path[0]: values[flag] for flag in own.keys() & values.keys()}, "--")
+    tree: dict[str, Any] = {}
+    for flag in own.keys() & values.keys():
+        _put(tree, own[flag].path, values[flag])
+    return build(options, tree, "--")
 
 
 def _flags(cls: type, path: tuple[str, ...] = ()) -> dict[str, _Flag]:

@@ -1,7 +1,17 @@
 """Configuration: the schema, its presets, and what is refused."""
 
-from dsv3_jax.config.loader import differences, load_config, preset_folder, preset_names, to_toml
+from dsv3_jax.config.loader import (
+    cluster_names,
+    differences,
+    load_cluster,
+    load_config,
+    preset_folder,
+    preset_names,
+    to_toml,
+)
 from dsv3_jax.config.schema import (
+    AxesConfig,
+    ClusterConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -18,6 +28,8 @@ from dsv3_jax.config.schema import (
 from dsv3_jax.config.validate import validate, validate_model
 
 __all__ = [
+    "AxesConfig",
+    "ClusterConfig",
     "Config",
     "ConfigError",
     "DataConfig",
@@ -29,7 +41,9 @@ __all__ = [
     "Schedule",
     "Segment",
     "TrainConfig",
+    "cluster_names",
     "differences",
+    "load_cluster",
     "load_config",
     "preset_folder",
     "preset_names",

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.config.schema import Config, ConfigError
+from dsv3_jax.config.schema import AxesConfig, ClusterConfig, Config, ConfigError
 from dsv3_jax.config.validate import validate
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -34,6 +34,7 @@ def load_config(
     overrides: Mapping[str, Any] | None = None,
     *,
     model_only: bool = False,
+    trainable: bool = True,
 ) -> Config:
     """A validated :class:`Config`.
 
@@ -41,6 +42,7 @@ def load_config(
         source: a preset's name, the path of a TOML file, or a mapping of sections (with ``base`` if wanted).
         overrides: sections laid over it, ``{"train": {"steps": 10}}``.
         model_only: prefer ``configs/model`` (the released architecture) over the training recipe of that name.
+        trainable: refuse what this version can plan but not train: pipelines.
 
     Raises:
         ConfigError: unknown preset, key or value, or a configuration that cannot be; one line.
@@ -51,9 +53,49 @@ def load_config(
         tree = _read(_find(str(source), model_only).resolve())
     if overrides:
         tree = _overlay(tree, overrides)
-    config = build(Config, tree, "")
-    validate(config)
+    config = build(Config, _with_axes(tree), "")
+    validate(config, trainable=trainable)
     return config
+
+
+def cluster_names() -> list[str]:
+    """Names that :func:`load_cluster` knows."""
+    return sorted(path.stem for path in (preset_folder() / "cluster").glob("*.toml"))
+
+
+def load_cluster(name: str) -> ClusterConfig:
+    """A preset of configs/cluster.
+
+    Raises:
+        ConfigError: there is none of that name, or it cannot be; one line.
+    """
+    if name not in cluster_names():
+        raise ConfigError(
+            f"cluster {name!r} is not known{nearest(name, cluster_names())}; there are {', '.join(cluster_names())}"
+        )
+    cluster = build(ClusterConfig, _read(preset_folder() / "cluster" / f"{name}.toml"), f"cluster {name}: ")
+    for item in dataclasses.fields(ClusterConfig):
+        value = getattr(cluster, item.name)
+        if isinstance(value, (int, float)) and value <= 0:
+            raise ConfigError(f"cluster {name}: {item.name} = {value} must be greater than 0")
+    return cluster
+
+
+def _with_axes(tree: dict[str, Any]) -> dict[str, Any]:
+    """With the axes that ``mesh`` leaves open taken from its cluster's layout."""
+    mesh = tree.get("mesh")
+    if not isinstance(mesh, Mapping) or not mesh.get("cluster"):
+        return tree
+    cluster = load_cluster(_convert(str, mesh["cluster"], "mesh.cluster"))
+    axes = {item.name: getattr(cluster.layout, item.name) for item in dataclasses.fields(AxesConfig)}
+    whole = axes | dict(mesh)
+    counts = [_convert(int, whole[axis], f"mesh.{axis}") for axis in axes]
+    if math.prod(counts) > cluster.devices:
+        raise ConfigError(
+            f"mesh.pipe x mesh.expert x mesh.data = {' x '.join(map(str, counts))} needs {math.prod(counts)} devices, "
+            f"mesh.cluster = {cluster.name!r} has {cluster.devices}: lower one, or give all three"
+        )
+    return tree | {"mesh": whole}
 
 
 def to_toml(config: Config) -> str:

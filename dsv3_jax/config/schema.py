@@ -263,6 +263,54 @@ class MeshConfig:
     pipe: int = 1
     expert: int = 1
     data: int = 1
+    cluster: str = ""
+    """Preset of configs/cluster whose layout gives the axes that are not given otherwise."""
+    transport: Literal["padded", "counted", "ring", "two_hop"] = "counted"
+    """How tokens get to experts on other devices; see ``sharding.expert_parallel.ExpertParallel``."""
+    capacity: float = 1.5
+    """Room of ``counted`` and ``two_hop`` in one round, over the balanced load. Nothing is ever dropped: what does not
+    fit goes in a further round."""
+    node_size: int = 0
+    """Consecutive devices of the expert axis that make a node, for ``two_hop``; 0 is 8, or half of an axis below 16."""
+    fp8_dispatch: bool = False
+    """Tokens travel to their experts as FP8 with power-of-two scales (spec 12)."""
+
+
+@dataclass(frozen=True)
+class AxesConfig:
+    """Sizes of the mesh axes."""
+
+    pipe: int
+    expert: int
+    data: int
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """A machine of GPUs, for its mesh and for plans. Rates are of one device, in one direction, decimal units."""
+
+    name: str
+    nodes: int
+    devices_per_node: int
+    device: str
+    """Part of JAX's ``device_kind``, such as ``H800``."""
+    memory_gb: float
+    bf16_tflops: float
+    """Peak of dense products."""
+    fp8_tflops: float
+    hbm_gb_per_s: float
+    """Of a device's own memory."""
+    intra_node_gb_per_s: float
+    """To another device of the node (NVLink), as achieved where it was measured."""
+    inter_node_gb_per_s: float
+    """To another node (InfiniBand)."""
+    layout: AxesConfig
+    """The mesh that suits it."""
+
+    @property
+    def devices(self) -> int:
+        """All of them."""
+        return self.nodes * self.devices_per_node
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ _MARK = "▮"
 
 
 def summarize(
-    config: Config, out: Path, data: Data, model: DeepSeekV3, facts: dict[str, Any], console: Console
+    config: Config, out: Path, data: Data, model: DeepSeekV3 | None, facts: dict[str, Any], console: Console
 ) -> dict[str, Any]:
     """Baselines, pictures, samples and ``summary.json``, all told on the console.
 
@@ -33,7 +33,7 @@ def summarize(
         config: the run.
         out: its folder.
         data: its data.
-        model: with its weights at the end.
+        model: with its weights at the end; None leaves samples out.
         facts: ``val_bpb`` (bits per byte or None), ``steps``, ``tokens``, ``seconds``.
         console: where to print.
 
@@ -52,7 +52,8 @@ def summarize(
         "bigram over the whole train split": summary["bigram_full_bpb"],
     }
     pictures = write_plots(out, router_names(config), lines)
-    samples = _samples(config, data, model)
+    too_large = f"no samples: {out} is sampled by `dsv3 generate --checkpoint {out}` on a device that holds the model\n"
+    samples = [too_large] if model is None else _samples(config, data, model)
     write_whole(out / "samples.txt", "\n".join(samples))
     write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     console.print(samples[0], highlight=False, markup=False, soft_wrap=True)

@@ -26,6 +26,7 @@ _MAY_CHANGE = frozenset(
         "data.prefetch",
         "mesh.expert",
         "mesh.data",
+        "mesh.cluster",
     }
 )
 _MAY_GROW = frozenset({"train.steps", "train.tokens"})

@@ -10,8 +10,10 @@ from jax.sharding import Mesh
 
 from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.model import DeepSeekV3, Tree, abstract_model, merge_model, split_model
+from dsv3_jax.nn.moe import place_experts
 from dsv3_jax.train.layout import Layout
 from dsv3_jax.train.optimizer import make_optimizer
+from sharding.expert_parallel import ExpertParallel
 from sharding.mesh import make_mesh
 
 
@@ -25,9 +27,10 @@ class TrainState:
     router_bias: Tree
     """Float32 selection biases, [layers, E] each; empty where routers have none."""
     opt_state: Any
-    ema: Tree | None
+    ema: Any
+    """Moving average of ``params``, or None (Any, for trees of shapes or shardings take this form too)."""
     nonfinite: Any
-    """Skipped steps one after another, an int32 array (Any, for trees of shapes or shardings take this form too)."""
+    """Skipped steps one after another, an int32 array."""
     step: int = dataclasses.field(metadata={"static": True})
     """Optimizer steps done."""
     tokens: int = dataclasses.field(metadata={"static": True})
@@ -77,6 +80,23 @@ def config_layout(config: Config, mesh: Mesh) -> Layout:
         return Layout(config, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def graph_of(config: Config) -> nnx.GraphDef[DeepSeekV3]:
+    """The model's graph as the step runs it: its experts spread over the mesh as ``config.mesh`` says."""
+    mesh = config.mesh
+    model = abstract_model(config.model)
+    place_experts(
+        model,
+        ExpertParallel(
+            size=mesh.expert,
+            transport=mesh.transport,
+            capacity=mesh.capacity,
+            node_size=mesh.node_size,
+            fp8=mesh.fp8_dispatch,
+        ),
+    )
+    return split_model(model).graph
 
 
 def model_of(config: Config, params: Tree, router_bias: Tree) -> DeepSeekV3:

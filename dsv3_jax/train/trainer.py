@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int32, Int64
 from rich.console import Console
 
@@ -31,13 +32,17 @@ from dsv3_jax.interop.pretrained import load_into
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.train import schedule
 from dsv3_jax.train.finish import summarize
+from dsv3_jax.train.hosts import sign_folder, together
 from dsv3_jax.train.metrics import LAG, LOAD_FILE, MetricsQueue, Record, RunFiles, read_expert_load, read_metrics
 from dsv3_jax.train.progress import RunProgress
 from dsv3_jax.train.run_folder import StopRequest, open_run_folder
 from dsv3_jax.train.state import TrainState, abstract_state, config_mesh, init_state, model_of
 from dsv3_jax.train.step import make_eval_step, make_train_step, out_of_memory
+from sharding.launch import Alone, Launch
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
+_LARGEST_SAMPLED = 32 * 2**30
+"""Bytes of float32 weights up to which a run on several devices ends with samples, written by one of them."""
 
 
 class RunError(RuntimeError):
@@ -82,7 +87,14 @@ class Run:
         return model_of(self.config, self.state.params, self.state.router_bias)
 
 
-def train(config: Config, out: str | Path, *, stop_after: int | None = None, console: Console | None = None) -> Run:
+def train(
+    config: Config,
+    out: str | Path,
+    *,
+    stop_after: int | None = None,
+    console: Console | None = None,
+    launch: Launch | None = None,
+) -> Run:
     """Train until the run's end, from the newest checkpoint in ``out`` if there is one.
 
     Args:
@@ -90,9 +102,11 @@ def train(config: Config, out: str | Path, *, stop_after: int | None = None, con
         out: its folder; made if it is not there.
         stop_after: save and return after this optimizer step, as an interruption would; call again to go on.
         console: where progress is shown; standard output if not given.
+        launch: of a job of several processes, what the environment does not say (:mod:`sharding.launch`).
 
     Raises:
         ConfigError: the user's mistake, other settings than the folder's run among them.
+        LaunchError: the job's processes did not come together.
         CheckpointError: a damaged checkpoint, or one that cannot be written.
         RunError: non-finite steps without end, a full disk, too little device memory.
         KeyboardInterrupt: a second Ctrl-C.
@@ -101,17 +115,23 @@ def train(config: Config, out: str | Path, *, stop_after: int | None = None, con
     total = schedule.total_steps(config)
     if config.train.bigram_gate and not config.train.eval_sequences:
         raise ConfigError("train.bigram_gate = true needs validation: set train.eval_sequences above 0")
-    primary = jax.process_index() == 0
-    with open_run_folder(config, out, primary=primary) as changes, _in_one_line(config, out), StopRequest() as stop:
+    with contextlib.ExitStack() as stack:
+        peers = stack.enter_context(together(config, out, launch))
+        primary = peers.index == 0
+        with peers.primary_first():
+            changes = stack.enter_context(open_run_folder(config, out, primary=primary))
+            sign_folder(out, peers)
+        stack.enter_context(_in_one_line(config, out, peers))
+        stop = stack.enter_context(StopRequest())
         shown = console if primary else Console(quiet=True)
         for line in changes:
             shown.print(f"changed since the run began: {line}", highlight=False, soft_wrap=True)
-        session = _Session(config, out, shown, stop, total)
+        session = _Session(config, out, shown, stop, total, peers)
         return session.run(min(total, stop_after or total))
 
 
 @contextlib.contextmanager
-def _in_one_line(config: Config, out: Path) -> Iterator[None]:
+def _in_one_line(config: Config, out: Path, peers: Alone) -> Iterator[None]:
     """Failures of the machine as one line each."""
     try:
         yield
@@ -124,19 +144,25 @@ def _in_one_line(config: Config, out: Path) -> Iterator[None]:
             f"cannot write to {out}: {error.strerror}; {kept}; free space and run the same command again"
         ) from error
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise RunError(out_of_memory(config)) from error
+        if peers.count == 1:
             raise
-        raise RunError(out_of_memory(config)) from error
+        # An exchange with a process that is gone fails before, or a little after, its going is noticed.
+        peers.await_verdict()
+        raise RunError(f"an exchange between processes failed: {' '.join(str(error).split())[:300]}") from error
 
 
 class _Session:
     """One process's part of a run, from what ``out`` holds to the end or an interruption."""
 
-    def __init__(self, config: Config, out: Path, console: Console, stop: StopRequest, total: int):
+    def __init__(self, config: Config, out: Path, console: Console, stop: StopRequest, total: int, peers: Alone):
         self.config, self.out, self.console, self.stop, self.total = config, out, console, stop, total
-        self.primary = jax.process_index() == 0
+        self.peers, self.primary = peers, peers.index == 0
         self.mesh = config_mesh(config)
-        self.data: Data = prepare_data(config, out, lambda line: console.print(line, highlight=False, soft_wrap=True))
+        # The first may train a tokenizer, which the others then read.
+        with peers.primary_first():
+            self.data: Data = prepare_data(config, out, self._say)
         self.val_bpb: float | None = None
         self.streak = 0
         self.seconds = 0.0
@@ -148,6 +174,9 @@ class _Session:
         self.val_rows = without_padding(self.data.validation_rows, self.data.tokenizer.pad_id)
         self.queue = MetricsQueue(config.train.log_every)
 
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
+
     def _starting_point(self) -> tuple[TrainState, dict[str, Any] | None]:
         newest = newest_checkpoint(self.out / "checkpoints")
         if newest is None:
@@ -157,7 +186,7 @@ class _Session:
         if info.step > self.total:
             raise ConfigError(f"the run in {self.out} is at step {info.step}, past its end at step {self.total}")
         self.val_bpb, self.seconds = info.val_bpb, info.extra["seconds"]
-        self.console.print(f"going on from {newest}", highlight=False, soft_wrap=True)
+        self._say(f"going on from {newest}")
         return dataclasses.replace(arrays, step=info.step, tokens=info.tokens), info.data
 
     def _fresh_state(self) -> TrainState:
@@ -169,7 +198,7 @@ class _Session:
             given = load_into(source, {"params": abstract.params, "router_bias": abstract.router_bias})
         except ConfigError as error:
             raise ConfigError(f"train.init_from = {source!r}: {error}") from error
-        self.console.print(f"weights from {source}", highlight=False, soft_wrap=True)
+        self._say(f"weights from {source}")
         ema = jax.tree.map(lambda leaf: leaf.copy(), given["params"]) if state.ema is not None else None
         return dataclasses.replace(state, ema=ema, **given)
 
@@ -194,12 +223,11 @@ class _Session:
                 self._steps(last_step)
                 self._save()
                 self.writer.wait()
+                self.peers.saved()
         if self.state.step < self.total:
-            self.console.print(
-                f"stopped after step {self.state.step} of {self.total}; the same command goes on from step "
-                f"{self.saved_step}",
-                highlight=False,
-                soft_wrap=True,
+            self._say(
+                f"stopped after step {self.state.step} of {self.total}{self._why_stopped()}; the same command goes on "
+                f"from step {self.saved_step}"
             )
             return Run(self.config, self.out, self.state, self.data.tokenizer, {}, INTERRUPTED)
         return self._end()
@@ -234,12 +262,15 @@ class _Session:
         self.seconds += time.perf_counter() - began
 
     def _asked_to_stop(self) -> bool:
-        """Processes agree at log points: a signal does not reach all of them at the same step."""
-        if jax.process_count() == 1:
-            return self.stop.asked
-        if self.state.step % self.config.train.log_every:
-            return False
-        return bool(np.any(multihost_utils.process_allgather(np.array(self.stop.asked))))
+        """All processes stop after the same step: a signal to one does not reach the others."""
+        return self.peers.stops_at(self.state.step, self.stop.asked)
+
+    def _why_stopped(self) -> str:
+        since = self.peers.asked_at
+        if since is None:
+            return ""
+        who = f"{self.peers.asked_by} was asked to, and " if self.peers.asked_by else ""
+        return f" ({who}all was saved {time.monotonic() - since:.1f} s later)"
 
     def _validate(self) -> float:
         jax.block_until_ready(self.state.params)
@@ -313,16 +344,22 @@ class _Session:
         if self.val_bpb is None and len(self.val_rows):
             self.val_bpb = self._validate()
         summary: dict[str, Any] = {}
+        model = self._sampled_model()
         if self.primary:
             facts = {"val_bpb": self.val_bpb, "steps": self.state.step, "tokens": self.state.tokens}
             facts["seconds"] = round(self.seconds, 1)
-            # Arrays are whole on every device: the first device's are enough to write text with.
-            local = jax.tree.map(lambda leaf: leaf.addressable_data(0), (self.state.params, self.state.router_bias))
-            model = model_of(self.config, *local)
             summary = summarize(self.config, self.out, self.data, model, facts, self.console)
         beaten = summary.get("beats_bigram_consumed")
         failed = self.config.train.bigram_gate and self.primary and not beaten
         return Run(self.config, self.out, self.state, self.data.tokenizer, summary, FAILED if failed else DONE)
+
+    def _sampled_model(self) -> DeepSeekV3 | None:
+        """The model whole on this process's first device, from the shares of all; None where it is too large."""
+        shared_out = (self.state.params, self.state.router_bias)
+        if self.mesh.size > 1 and sum(leaf.nbytes for leaf in jax.tree.leaves(shared_out)) > _LARGEST_SAMPLED:
+            return None
+        whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(shared_out)
+        return model_of(self.config, *jax.tree.map(lambda leaf: leaf.addressable_data(0), whole))
 
 
 @contextlib.contextmanager

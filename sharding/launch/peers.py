@@ -215,10 +215,7 @@ class Peers(Alone):
             if self._over or self.left:
                 return
             self._over = True
-        if self.index:
-            self._links[0].send(failed=line)
-        else:
-            self._send_all(end=f"{self.name(0)} failed: {line}")
+        self._tell_everyone(f"{self.name(self.index)} failed: {line}", advise=False)
         time.sleep(0.2)
 
     def leave(self) -> None:
@@ -296,10 +293,11 @@ class Peers(Alone):
                 self._byes.add(process)
                 self._part_if_all_came()
         if "failed" in message:
-            self._everyone_ends(f"{self.name(process)} failed: {message['failed']}")
+            # A loss that process 0 has not seen itself is one to go on from; an error names its own remedy.
+            self._everyone_ends(message["failed"], advise=message["advise"])
 
     def _from_hub(self, message: dict[str, Any]) -> None:
-        """At the others: ``ping``, ``turn`` (number), ``ask`` (who is to stop), ``stop_at``, ``end`` (why), ``part``."""
+        """At the others: ``ping``, ``turn`` (number), ``ask`` (who is to stop), ``stop_at``, ``end``, ``part``."""
         with self._changed:
             if "turn" in message:
                 self._turns = message["turn"]
@@ -312,7 +310,7 @@ class Peers(Alone):
                 self._parted.set()
             self._changed.notify_all()
         if "end" in message:
-            self._end(message["end"])
+            self._end(message["end"], advise=message["advise"])
 
     def _ask(self, process: int) -> None:
         if self._asked_by is None and not self._byes - {0}:
@@ -340,23 +338,27 @@ class Peers(Alone):
         if not self._parted.is_set():
             self._everyone_ends(f"{self.name(link.process)} is gone: {how}")
 
-    def _everyone_ends(self, line: str) -> None:
-        if self.index:
-            self._links[0].send(failed=line)
-        else:
-            self._send_all(end=line)
-        self._end(line)
+    def _everyone_ends(self, line: str, *, advise: bool = True) -> None:
+        self._tell_everyone(line, advise=advise)
+        self._end(line, advise=advise)
 
-    def _end(self, line: str) -> None:
+    def _tell_everyone(self, line: str, *, advise: bool) -> None:
+        """By way of process 0."""
+        if self.index:
+            self._links[0].send(failed=line, advise=advise)
+        else:
+            self._send_all(end=line, advise=advise)
+
+    def _end(self, line: str, *, advise: bool) -> None:
         """End this process, from whatever its main thread is waiting for."""
         with self._changed:
             if self._over:
                 return
             self._over = True
-        advice = self.advice()
+        told = [line, *filter(None, [self.advice() if advise else ""])]
         # Not print: the main thread may be inside one.
         shown = "\x1b[?25h\n" if sys.stderr.isatty() else ""
-        os.write(2, f"{shown}dsv3: error: {line}{'; ' if advice else ''}{advice}\n".encode())
+        os.write(2, f"{shown}dsv3: error: {'; '.join(told)}\n".encode())
         time.sleep(0.2)
         os._exit(1)
 

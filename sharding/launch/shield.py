@@ -1,8 +1,8 @@
 """A local stand-in for JAX's coordination service, which never hangs up.
 
 JAX's client aborts its process, with a stack trace, when the connection to the service breaks. Behind this forwarder it
-hears nothing instead, and :mod:`sharding.launch.peers` has the time to end the process with one line. Proxy settings of the
-environment do not matter to JAX either, whose connections all stay on this machine.
+hears nothing instead, and :mod:`sharding.launch.peers` has the time to end the process with one line. Proxy settings of
+the environment do not matter to JAX either, whose connections all stay on this machine.
 """
 
 import contextlib
