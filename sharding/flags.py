@@ -1,0 +1,74 @@
+"""Settings of XLA and NCCL for a run on several GPUs: in one place, each with its reason, set before JAX starts.
+
+The user's own settings win: a flag that XLA_FLAGS names already, or a variable that is set, is left as it is.
+"""
+
+from collections.abc import MutableMapping
+from typing import NamedTuple
+
+_MIB = 1 << 20
+
+
+class Setting(NamedTuple):
+    """One setting, and why."""
+
+    name: str
+    value: str
+    reason: str
+
+
+XLA = (
+    Setting(
+        "xla_gpu_enable_latency_hiding_scheduler",
+        "true",
+        "Starts a collective early and ends it late, with computation between: of an all_to_all beside ten independent "
+        "products on two H200, 50 to 63% of the shorter one's time was hidden.",
+    ),
+    Setting(
+        "xla_gpu_all_gather_combine_threshold_bytes",
+        str(128 * _MIB),
+        "ZeRO-1 gathers every weight by itself; small ones travel together (JAX's guide to GPU performance names this "
+        "size for transformers). Larger ones would need buffers of their size a second time.",
+    ),
+    Setting(
+        "xla_gpu_reduce_scatter_combine_threshold_bytes",
+        str(128 * _MIB),
+        "The same for their gradients.",
+    ),
+    Setting(
+        "xla_gpu_all_reduce_combine_threshold_bytes",
+        str(128 * _MIB),
+        "The same for what is not shared out: norms, losses, expert counts.",
+    ),
+)
+"""Flags of XLA_FLAGS. Tried without gain on two H200, and left alone: command buffers off, symmetric buffers (the
+exchange alone became slower), ``parallel_collective_overlap_limit = 4``."""
+
+ENVIRONMENT = (
+    Setting(
+        "NCCL_NVLS_ENABLE",
+        "0",
+        "NVLink multicast reserves memory for every communicator and serves reductions alone, not the all_to_all that "
+        "expert parallelism waits for; all that docs/performance.md reports was measured without.",
+    ),
+)
+"""Variables that libraries under XLA read."""
+
+
+def apply_gpu_flags(environment: MutableMapping[str, str], devices: int) -> list[str]:
+    """Put the settings into an environment, before JAX is used; names of those that were set.
+
+    Args:
+        environment: ``os.environ``.
+        devices: of the run's mesh; a single one has no collectives, and nothing is set.
+    """
+    if devices < 2:
+        return []
+    given = environment.get("XLA_FLAGS", "")
+    named = {word.lstrip("-").partition("=")[0] for word in given.split()}
+    flags = [one for one in XLA if one.name not in named]
+    variables = [one for one in ENVIRONMENT if one.name not in environment]
+    if flags:
+        environment["XLA_FLAGS"] = " ".join(filter(None, [given, *(f"--{one.name}={one.value}" for one in flags)]))
+    environment.update({one.name: one.value for one in variables})
+    return [one.name for one in (*flags, *variables)]
