@@ -1,7 +1,7 @@
 """Our arrays from opened weights, each laid onto its devices; a process reads the slices that its devices need."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -12,17 +12,20 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.checkpoint import restore, stored_arrays
 from dsv3_jax.config import ConfigError
-from dsv3_jax.interop.block_fp8 import E4M3
+from dsv3_jax.interop.block_fp8 import E4M3, scale_rows
 from dsv3_jax.interop.checkpoint_choice import Weights
 from dsv3_jax.interop.hf_config import WeightsDtype
 from dsv3_jax.interop.names import BLOCK, Tensor, leaf_shapes, scale_leaf, scale_leaf_shapes
 from dsv3_jax.interop.opened import Opened
 from dsv3_jax.interop.sink import array_dtypes
-from dsv3_jax.interop.source import F32, scale_index
+from dsv3_jax.interop.source import F32, HFSource
 from dsv3_jax.interop.transfer import cast
 
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 """Where an array goes: from its path (``params/moe/moe/gate_up``) and shape."""
+
+type _Span = tuple[int, int]
+"""Start and stop."""
 
 _THREADS = 4
 """Arrays read at a time."""
@@ -63,9 +66,10 @@ def load_leaves(
 
 
 class LeafReader:
-    """Slices of our arrays, put together from the tensors that hold them."""
+    """Slices of our arrays, put together from the tensors of a Hugging Face folder that hold them."""
 
     def __init__(self, opened: Opened):
+        assert isinstance(opened.source, HFSource)
         self._source = opened.source
         self.shapes = leaf_shapes(opened.model)
         self.scale_shapes = scale_leaf_shapes(opened.model)
@@ -81,42 +85,56 @@ class LeafReader:
         return array_dtypes(held, self._source, "keep" if kept else "bf16" if dtype == "fp8" else dtype)[leaf]
 
     def read(self, leaf: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        """The slice ``index`` of an array; only the rows of tensors that it touches are read."""
-        bounds = [part.indices(size)[:2] for part, size in zip(index, self.shapes[leaf], strict=True)]
-        out = np.empty([stop - start for start, stop in bounds], dtype)
-        for tensor in self._tensors[leaf]:
-            lead = len(tensor.index)
-            if any(not start <= at < stop for at, (start, stop) in zip(tensor.index, bounds, strict=False)):
-                continue
-            at = tuple(place - start for place, (start, _) in zip(tensor.index, bounds, strict=False))
-            if not tensor.transposed:
-                inner = bounds[lead:]
-                rows = self._rows(tensor, *inner[0], dtype)
-                out[at] = rows[:, inner[1][0] : inner[1][1]] if len(inner) == 2 else rows
-                continue
-            (in_start, in_stop), (start, stop) = bounds[lead:]
-            first, last = (min(max(edge, tensor.columns[0]), tensor.columns[1]) for edge in (start, stop))
-            if first < last:
-                rows = self._rows(tensor, first - tensor.columns[0], last - tensor.columns[0], dtype)
-                out[(*at, slice(None), slice(first - start, last - start))] = rows[:, in_start:in_stop].T
-        return out
+        """The slice ``index`` of an array; of each tensor only what is in it is read, in FP8 to the edges of blocks."""
+        fetch = functools.partial(self._block, dtype=dtype)
+        return _gather(self._tensors[leaf], self.shapes[leaf], index, dtype, lambda tensor: tensor.columns, fetch)
 
     def read_scales(self, leaf: str, index: tuple[slice, ...]) -> np.ndarray:
-        """The slice ``index`` of an array of scales."""
-        whole = np.empty(self.scale_shapes[leaf], np.float32)
-        for tensor in self._tensors[leaf.replace("scale_inv/", "params/", 1)]:
-            lead = zip(tensor.index, index, whole.shape, strict=False)
-            if all(at in range(*part.indices(size)) for at, part, size in lead):
-                whole[scale_index(tensor, 0, tensor.shape[0])] = self._source.scales(tensor, 0, tensor.shape[0]).T
-        return whole[index]
+        """The slice ``index`` of an array of scales; nothing else is read."""
 
-    def _rows(self, tensor: Tensor, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
-        stored = self._source.dtype(tensor)
-        if stored != E4M3 or dtype == E4M3:
-            return cast(self._source.rows(tensor, start, stop), None, dtype, tensor.name)[0]
-        block = start // BLOCK * BLOCK
-        scales = self._source.scales(tensor, block, stop)
-        return cast(self._source.rows(tensor, block, stop), scales, dtype, tensor.name)[0][start - block :]
+        def columns(tensor: Tensor) -> tuple[int, int]:
+            count = tensor.scale_shape[0]
+            return tensor.part * count, (tensor.part + 1) * count
+
+        held = self._tensors[leaf.replace("scale_inv/", "params/", 1)]
+        return _gather(held, self.scale_shapes[leaf], index, F32, columns, self._source.scale_block)
+
+    def _block(self, tensor: Tensor, rows: _Span, columns: _Span | None, dtype: np.dtype) -> np.ndarray:
+        if self._source.dtype(tensor) != E4M3 or dtype == E4M3:
+            return cast(self._source.block(tensor, rows, columns), None, dtype, tensor.name)[0]
+        assert columns is not None
+        top, left = (start // BLOCK * BLOCK for start, _ in (rows, columns))
+        values = self._source.block(tensor, (top, rows[1]), (left, columns[1]))
+        scales = self._source.scale_block(tensor, scale_rows(*rows), scale_rows(*columns))
+        return cast(values, scales, dtype, tensor.name)[0][rows[0] - top :, columns[0] - left :]
+
+
+def _gather(
+    held: Sequence[Tensor],
+    shape: tuple[int, ...],
+    index: tuple[slice, ...],
+    dtype: np.dtype,
+    columns_of: Callable[[Tensor], _Span],
+    fetch: Callable[[Tensor, _Span, _Span | None], np.ndarray],
+) -> np.ndarray:
+    """The slice ``index`` of an array from rows and columns of tensors; ``columns_of`` says where their rows are."""
+    bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+    out = np.empty([stop - start for start, stop in bounds], dtype)
+    for tensor in held:
+        if any(not start <= at < stop for at, (start, stop) in zip(tensor.index, bounds, strict=False)):
+            continue
+        place = tuple(at - start for at, (start, _) in zip(tensor.index, bounds, strict=False))
+        inner = bounds[len(tensor.index) :]
+        if not tensor.transposed:
+            out[place] = fetch(tensor, inner[0], inner[1] if len(inner) == 2 else None)
+            continue
+        inputs, (start, stop) = inner
+        first, last = columns_of(tensor)
+        low, high = max(start, first), min(stop, last)
+        if low < high:
+            found = fetch(tensor, (low - first, high - first), inputs)
+            out[(*place, slice(None), slice(low - start, high - start))] = found.T
+    return out
 
 
 def _from_checkpoint(opened: Opened, dtype: WeightsDtype, place: Placement, root: str) -> dict[str, jax.Array]:

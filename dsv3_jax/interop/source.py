@@ -58,6 +58,17 @@ class HFSource:
         """Rows of ``weight_scale_inv``."""
         return self._folder.read_rows(tensor.scale_name, *scale_rows(start, stop))
 
+    def block(self, tensor: Tensor, rows: tuple[int, int], columns: tuple[int, int] | None) -> np.ndarray:
+        """Rows of a vector, or rows and columns of a matrix; nothing else is read."""
+        if columns is None:
+            return self._folder.read_rows(tensor.name, *rows)
+        return self._folder.read_block(tensor.name, rows, columns)
+
+    def scale_block(self, tensor: Tensor, rows: tuple[int, int], columns: tuple[int, int] | None) -> np.ndarray:
+        """Rows and columns of ``weight_scale_inv``, counted in blocks."""
+        assert columns is not None
+        return self._folder.read_block(tensor.scale_name, rows, columns)
+
 
 def _present(
     there: Mapping[str, Any], wanted: Sequence[Tensor], config: ModelConfig

@@ -227,6 +227,29 @@ class WeightsFolder:
         with self._lock:
             self._bytes_read += nbytes
 
+    def read_block(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
+        """Rows and columns, each from start to stop, of a matrix; nothing else of those rows is read.
+
+        Raises:
+            WeightsError: no such matrix, rows or columns, or the file is shorter than it was.
+        """
+        entry = self.tensors.get(name)
+        if entry is None or len(entry.shape) != 2:
+            raise WeightsError(f"{self.path}: has no matrix {names_line([name])}")
+        first, last = columns
+        if (first, last) == (0, entry.shape[1]):
+            return self.read_rows(name, *rows)
+        if not (0 <= rows[0] <= rows[1] <= entry.rows and 0 <= first <= last <= entry.shape[1]):
+            raise WeightsError(f"{entry.file}: {name} is {list(entry.shape)} and has no {rows} x {columns}")
+        out = np.empty((rows[1] - rows[0], last - first), entry.dtype)
+        with self._handles.use(entry.file) as fd:
+            for row, values in enumerate(out.view(np.uint8), start=rows[0]):
+                offset = entry.offset + row * entry.row_bytes + first * entry.dtype.itemsize
+                read_at(fd, memoryview(values), offset, entry.file)
+        with self._lock:
+            self._bytes_read += out.nbytes
+        return out
+
     def close(self) -> None:
         """Closes the files; a later read opens them again."""
         self._handles.close()
