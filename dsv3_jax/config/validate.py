@@ -3,8 +3,15 @@
 from dsv3_jax.config.schema import Config, ConfigError, MeshConfig, ModelConfig, Schedule, TrainConfig
 
 
-def validate(config: Config) -> None:
-    """Raise :class:`ConfigError` for the first thing in ``config`` that cannot be."""
+def validate(config: Config, *, trainable: bool = True) -> None:
+    """Raise :class:`ConfigError` for the first thing in ``config`` that cannot be, or cannot be trained yet.
+
+    ``trainable = False`` lets through what plans alone know: pipelines.
+    """
+    _require(
+        config.mesh.pipe == 1 or not trainable,
+        f"mesh.pipe = {config.mesh.pipe} must be 1: this version has no pipelines",
+    )
     validate_model(config.model)
     _validate_train(config)
     for name, schedule in (
@@ -212,13 +219,24 @@ def _validate_loss(config: Config) -> None:
 
 def _validate_mesh(mesh: MeshConfig, train: TrainConfig, model: ModelConfig) -> None:
     _positive("mesh", mesh, "pipe", "expert", "data")
-    _require(mesh.pipe == 1, f"mesh.pipe = {mesh.pipe} must be 1: this version has no pipelines")
     experts = model.n_routed_experts
     if mesh.expert > 1:
         _require(experts > 0, f"mesh.expert = {mesh.expert} needs routed experts: model.n_routed_experts = 0")
         _require(
             experts % mesh.expert == 0,
             f"mesh.expert = {mesh.expert} must divide model.n_routed_experts = {experts}",
+        )
+    _not_negative("mesh", mesh, "capacity", "node_size")
+    _require(
+        mesh.capacity > 0 or mesh.transport != "counted",
+        "mesh.capacity = 0 has no room for transport 'counted': give 1.5, or choose 'padded'",
+    )
+    if mesh.transport == "two_hop" and mesh.expert > 1:
+        node = mesh.node_size or (8 if mesh.expert >= 16 else mesh.expert // 2)
+        _require(
+            mesh.expert >= 4 and 2 <= node <= mesh.expert // 2 and mesh.expert % node == 0,
+            f"mesh.transport = 'two_hop' needs two or more nodes of two or more devices: mesh.expert = {mesh.expert} "
+            f"in nodes of {node}; choose mesh.node_size, or 'counted'",
         )
     lanes = mesh.expert * mesh.data
     _require(

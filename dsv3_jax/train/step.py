@@ -12,13 +12,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int32
 
 from dsv3_jax.config import Config, ConfigError
-from dsv3_jax.model import DeepSeekV3, Tree, abstract_model, merge_model, split_model
+from dsv3_jax.model import DeepSeekV3, Tree, merge_model
 from dsv3_jax.nn.balance import max_violation, relative_load, update_bias
 from dsv3_jax.train import schedule
 from dsv3_jax.train.ema import update_ema
 from dsv3_jax.train.loss import Losses, cross_entropy, has_label, training_loss
 from dsv3_jax.train.optimizer import clip_by_norm, make_optimizer
-from dsv3_jax.train.state import TrainState, abstract_state, config_layout, config_mesh
+from dsv3_jax.train.state import TrainState, abstract_state, config_layout, config_mesh, graph_of
 from sharding.mesh import BATCH_AXES
 
 Metrics = dict[str, Any]
@@ -52,7 +52,7 @@ class TrainStep:
         self.lanes = int(np.prod([self.mesh.shape[axis] for axis in BATCH_AXES]))
         self.micro_batch = config.train.micro_batch_size or config.train.batch_size // self.lanes
         self.most_micro_batches = config.train.batch_size // (self.micro_batch * self.lanes)
-        self._graph = split_model(abstract_model(config.model)).graph
+        self._graph = graph_of(config)
         self._optimizer = make_optimizer(config.optim)
         self._layout = config_layout(config, self.mesh)
         state = _arrays(abstract_state(config, self.mesh))
@@ -202,7 +202,7 @@ class EvalStep:
     def __init__(self, config: Config, mesh: Mesh | None = None):
         self.config = config
         self.mesh = mesh or config_mesh(config)
-        self._graph = split_model(abstract_model(config.model)).graph
+        self._graph = graph_of(config)
         lanes = int(np.prod([self.mesh.shape[axis] for axis in BATCH_AXES]))
         self._rows = (config.train.micro_batch_size or config.train.batch_size // lanes) * lanes
         self._layout = config_layout(config, self.mesh)
