@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import varying
 from sharding.expert_parallel.choices import ExpertFn, local_experts, localize
 from sharding.expert_parallel.payload import pack, unpack
 from sharding.expert_parallel.placement import ExpertParallel
@@ -36,7 +37,10 @@ def _visit_the_others(
     load = _shift(placement, load)
     gathered = None
     if placement.size > 2:
-        gathered = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(stop, load)[0])
+        gathered = jax.tree.map(
+            lambda leaf: varying.like(jnp.zeros(leaf.shape, leaf.dtype), *jax.tree.leaves(load)),
+            jax.eval_shape(stop, load)[0],
+        )
         (load, gathered, kept), _ = lax.scan(one_stop, (load, gathered, kept), None, length=placement.size - 2)
         gathered = _shift(placement, gathered)
     going, staying = stop(load)

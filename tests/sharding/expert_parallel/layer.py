@@ -58,9 +58,9 @@ def routings(seed=1):
 
 
 @functools.cache
-def sharded_layer(placement, block=4):
+def sharded_layer(placement, check_vma=False):
     """``(x, experts, weights, params, dy) -> y, dx, dweights, dparams`` on all eight devices."""
-    run = functools.partial(routed, expert_fn=expert_fn, num_experts=EXPERTS, block=block, placement=placement)
+    run = functools.partial(routed, expert_fn=expert_fn, num_experts=EXPERTS, block=4, placement=placement)
 
     def local(x, experts, weights, params, dy):
         y, back = jax.vjp(lambda x, weights, params: run(x, experts, weights, params), x, weights, params)
@@ -75,7 +75,7 @@ def sharded_layer(placement, block=4):
             mesh=mesh,
             in_specs=(rows, rows, rows, experts, rows),
             out_specs=(rows, rows, rows, experts),
-            check_vma=False,
+            check_vma=check_vma,
         )
     )
 

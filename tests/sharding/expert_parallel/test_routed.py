@@ -119,6 +119,14 @@ def test_stated_rows_are_bounded_by_the_load_where_promised():
         assert stated[name][1] <= 1.7 * tokens * choices, name
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_jax_agrees_on_the_axes_that_everything_varies_over(transport):
+    x, weights, params, dy = draw()
+    layer = sharded_layer(ExpertParallel(4, transport, capacity=1.0), check_vma=True)
+    y = layer.trace(x, routings()["uniform"], weights, params, dy).out_info[0]
+    assert y.shape == x.shape
+
+
 def on_one_rank(x, experts, weights, params, **changes):
     return routed(
         x, experts, weights, params, **({"expert_fn": expert_fn, "num_experts": EXPERTS, "block": 4} | changes)
