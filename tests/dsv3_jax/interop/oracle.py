@@ -4,6 +4,7 @@
     oracle.py read FOLDER TOKENS.npz OUT.npz     the answers of a model in a folder that somebody else wrote
     oracle.py torch_load FILE OUT.npz            every tensor of a file that ``torch.load(weights_only=True)`` opens
     oracle.py safetensors_dump FOLDER OUT.npz    every tensor of a folder's safetensors files
+    oracle.py tokenizer FOLDER ASKED.json OUT.json  what AutoTokenizer makes of texts and chats
     oracle.py batch JOBS.json                    a list of such jobs, {"do": "read", "folder": ..., "out": ...}, in one
                                                  process: importing transformers takes longer than most jobs
 
@@ -281,14 +282,41 @@ def safetensors_dump(job):
     describe(tensors, job["out"])
 
 
-JOBS = {"make": make, "read": read, "torch_load": torch_load, "safetensors_dump": safetensors_dump}
+def tokenizer(job):
+    """Of ``texts``: ids, and the text of those ids; of ``chats`` (a list of messages and options): text and ids."""
+    from transformers import AutoTokenizer
+
+    asked = json.loads(Path(job["asked"]).read_text())
+    made = AutoTokenizer.from_pretrained(job["folder"])
+    ids = [made(text)["input_ids"] for text in asked["texts"]]
+    chats = [made.apply_chat_template(c["messages"], tokenize=False, **c["options"]) for c in asked["chats"]]
+    answer = {
+        "class": type(made).__name__,
+        "special": {name: [getattr(made, f"{name}_token"), getattr(made, f"{name}_token_id")] for name in SPECIAL},
+        "model_max_length": made.model_max_length,
+        "ids": ids,
+        "decoded": [made.decode(row) for row in ids],
+        "chats": chats,
+        "chat_ids": [made(chat)["input_ids"] for chat in chats],
+    }
+    Path(job["out"]).write_text(json.dumps(answer))
+
+
+SPECIAL = ("bos", "eos", "pad")
+JOBS = {
+    "make": make,
+    "read": read,
+    "torch_load": torch_load,
+    "safetensors_dump": safetensors_dump,
+    "tokenizer": tokenizer,
+}
 
 
 def jobs_of_command_line(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="do", required=True)
     places = {"make": ("family", "folder"), "read": ("folder", "tokens")}
-    places |= {"torch_load": ("file",), "safetensors_dump": ("folder",)}
+    places |= {"torch_load": ("file",), "safetensors_dump": ("folder",), "tokenizer": ("folder", "asked")}
     for name, given in places.items():
         command = commands.add_parser(name)
         for place in (*given, "out"):
@@ -307,7 +335,7 @@ def jobs_of_command_line(arguments):
 def main():
     jobs = jobs_of_command_line(sys.argv[1:])
     torch.set_num_threads(1)
-    if any(job["do"] in ("make", "read") for job in jobs):
+    if any(job["do"] in ("make", "read", "tokenizer") for job in jobs):
         from transformers.utils import logging
 
         logging.set_verbosity_error()
