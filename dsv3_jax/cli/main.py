@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a preset, or go on with a run, with plots and a sample at the end",
     "generate": "write text with a trained model",
     "convert": "bring weights in and out: Hugging Face folders, our checkpoints, PyTorch files",
+    "plan": "predict what a device will hold on a mesh, by component",
     "info": "print a preset's parameters, FLOPs and cache bytes per token",
     "bench": "measure a training step: time, tokens/s, FLOP/s and memory",
 }

@@ -1,0 +1,158 @@
+"""What one transformer block keeps for its backward pass, tensor by tensor, for each mode of recomputation.
+
+Without recomputation JAX keeps what the derivative of every operation needs. The list below is that of the program
+(tests compare it with the traced one); an RMSNorm, which works in float32, keeps four arrays of its width.
+"""
+
+from dataclasses import dataclass
+
+from dsv3_jax.config import ModelConfig
+from sharding.expert_parallel import ExpertParallel, memory_rows
+
+Tensors = dict[str, int]
+"""Bytes by name."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a device does at one time."""
+
+    tokens: int
+    """Tokens of one micro-batch on one device."""
+    sequences: int
+    element: int
+    """Bytes of one activation: 2 with bf16, 4 with fp32."""
+    placement: ExpertParallel
+    block: int
+    """Rows that one expert's share is padded to a multiple of."""
+    sequence_balance: bool
+    """Whether the sequence-wise balance loss is computed."""
+    fused_attention: bool
+    """cuDNN's attention, which keeps the softmax's sums; the portable form in chunks keeps none (tests)."""
+
+
+def kept_by_block(model: ModelConfig, work: Work, remat: str, *, moe: bool) -> Tensors:
+    """Bytes that one block keeps from its forward to its backward pass; routing records are not among them.
+
+    Args:
+        model: the architecture.
+        work: how much it computes at one time.
+        remat: ``train.remat``.
+        moe: a mixture-of-experts block, else a dense one.
+    """
+    per_token = work.tokens * work.element
+    if remat == "full":
+        return {"block input": per_token * model.hidden_size}
+    if remat == "paper":
+        return {"block input": per_token * model.hidden_size} | _named(model, work, moe=moe)
+    kept = {"norms": _norm(model.hidden_size, work)} | _attention(model, work)
+    return kept | (_experts(model, work) if moe else _dense(model, work))
+
+
+def computed_again(model: ModelConfig, work: Work, remat: str, *, moe: bool) -> int:
+    """Bytes that one block's backward pass makes anew: within one layer elementwise chains are fused, so that of a norm
+    and of SwiGLU the output alone exists."""
+    if remat == "none":
+        return 0
+    per_token, d = work.tokens * work.element, model.hidden_size
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    again = per_token * ((heads + kv_heads) * model.qk_head_dim + kv_heads * model.value_head_dim + 2 * d)
+    if model.attention == "mla":
+        again += per_token * (model.q_lora_rank + model.kv_lora_rank)
+    if moe:
+        _, rows = rows_of_experts(model, work)
+        again += rows * (2 * d + model.moe_intermediate_size) * work.element
+        again += per_token * model.n_shared_experts * model.moe_intermediate_size
+    else:
+        again += per_token * model.intermediate_size
+    return again + (sum(_named(model, work, moe=moe).values()) if remat == "full" else 0)
+
+
+def rows_of_experts(model: ModelConfig, work: Work) -> tuple[int, int]:
+    """Rows that a transport holds at most, and rows of experts' inputs with padding."""
+    return memory_rows(work.placement, work.tokens, model.num_experts_per_tok, model.n_routed_experts, work.block)
+
+
+def block_rows(rows: int, experts: int, *, gpu: bool = True) -> int:
+    """Rows that each expert's share is padded to a multiple of, as ``dsv3_jax.nn.moe.block_rows`` chooses."""
+    if gpu:
+        return 128
+    return max(8, min(128, 1 << (rows // (2 * experts)).bit_length() - 1)) if rows >= 2 * experts else 8
+
+
+def _named(model: ModelConfig, work: Work, *, moe: bool) -> Tensors:
+    """What carries one of the names that the paper's set keeps."""
+    per_token = work.tokens * work.element
+    kept = {
+        "attention": per_token * model.num_attention_heads * model.value_head_dim,
+        "residual": per_token * model.hidden_size,
+    }
+    if model.attention == "mla":
+        kept["latent"] = per_token * (model.q_lora_rank + model.kv_lora_rank + model.qk_rope_head_dim)
+    if not moe:
+        return kept | {"gate_up": per_token * 2 * model.intermediate_size}
+    _, rows = rows_of_experts(model, work)
+    width = model.moe_intermediate_size
+    kept["experts' gate_up"] = rows * 2 * width * work.element
+    kept["shared experts' gate_up"] = per_token * 2 * model.n_shared_experts * width
+    return kept
+
+
+def _norm(width: int, work: Work, *, output: bool = True) -> int:
+    """Input, normalized and squared rows in float32, two numbers a row, the scale, and the output."""
+    return work.tokens * (12 * width + 8 + (work.element * width if output else 0)) + 4 * width
+
+
+def _attention(model: ModelConfig, work: Work) -> Tensors:
+    per_token, heads, kv_heads = work.tokens * work.element, model.num_attention_heads, model.num_key_value_heads
+    query, value = model.qk_head_dim, model.value_head_dim
+    kept = {
+        "q, k, v": per_token * ((heads + kv_heads) * query + kv_heads * value),
+        "attention": per_token * heads * value + (work.tokens * heads * 4 if work.fused_attention else 0),
+    }
+    if model.attention == "mla":
+        queries = _norm(model.q_lora_rank, work) if model.q_lora_rank else 0
+        kept["latent norms"] = queries + _norm(model.kv_lora_rank, work)
+    return kept
+
+
+def _swiglu(rows: int, width: int, work: Work) -> int:
+    """Gate, up, three values of SiLU and the product."""
+    return 6 * rows * width * work.element
+
+
+def _dense(model: ModelConfig, work: Work) -> Tensors:
+    return {
+        "ffn norm": _norm(model.hidden_size, work),
+        "swiglu": _swiglu(work.tokens, model.intermediate_size, work),
+    }
+
+
+def _experts(model: ModelConfig, work: Work) -> Tensors:
+    tokens, d, width = work.tokens, model.hidden_size, model.moe_intermediate_size
+    experts, chosen = model.n_routed_experts, model.num_experts_per_tok
+    local = experts // work.placement.size
+    held, rows = rows_of_experts(model, work)
+    columns = chosen if work.placement.size == 1 else min(chosen, local)
+    # In float32 the router's input is the norm's output itself.
+    reads_output = work.element == 4 or model.n_shared_experts > 0
+    router = tokens * 4 * d if work.element != 4 else 0
+    if model.scoring_func == "sigmoid":
+        router += tokens * 4 * experts
+    else:
+        router += tokens * 4 * (experts + 2)
+    router += tokens * 4 * chosen * 2  # choices and weights
+    if model.norm_topk_prob:
+        router += tokens * 4 * (chosen + 2)
+    if work.sequence_balance:
+        router += tokens * 4 * (experts + 2) + work.sequences * 4 * experts
+    kept = {
+        "ffn norm": _norm(d, work, output=reads_output),
+        "router": router,
+        "plan": 4 * (local + rows // work.block + rows + held * columns + 1),
+        "experts' rows": 2 * rows * d * work.element,
+        "experts' swiglu": _swiglu(rows, width, work),
+    }
+    if model.n_shared_experts:
+        kept["shared experts' swiglu"] = _swiglu(tokens, model.n_shared_experts * width, work)
+    return kept
