@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 
+import jaxtyping
 import ml_dtypes
 import numpy as np
 import pytest
@@ -79,9 +80,17 @@ class Typed:
     scales = rows
 
 
+@pytest.fixture(scope="module", autouse=True)
+def unchecked_annotations():
+    """Nine calls for each of 91,991 tensors: checking each takes a minute, and other tests check the same code."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture(scope="module")
 def listed():
-    """``(preset) -> tensors``, made once each: checked annotations make long lists slow."""
+    """``(preset) -> tensors``, made once each."""
     return functools.cache(lambda name: tensors(load_config(name).model))
 
 
