@@ -143,7 +143,10 @@ def _first_message(link: Link) -> dict[str, Any] | None:
             pass
     except TimeoutError:
         return None
-    return messages[0] if messages else None
+    if not messages:
+        return None
+    first, *link.unread = messages
+    return first
 
 
 def _hung_up(link: Link) -> bool:

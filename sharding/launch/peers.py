@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 _LONGEST = 1 << 20
@@ -29,6 +29,8 @@ class Link:
     def __init__(self, connection: socket.socket, process: int):
         self.connection, self.process = connection, process
         self.heard = time.monotonic()
+        self.unread: list[dict[str, Any]] = []
+        """What came together with a message that was waited for."""
         self._rest = b""
         self._sending = threading.Lock()
 
@@ -250,6 +252,7 @@ class Peers(Alone):
         with selectors.DefaultSelector() as selector:
             for link in self._links.values():
                 selector.register(link.connection, selectors.EVENT_READ, link)
+                self._deal(link, link.unread)
             while not self._parted.is_set():
                 for key, _ in selector.select(timeout=min(interval / 2, 0.5)):
                     if not self._read(key.data):
@@ -272,14 +275,17 @@ class Peers(Alone):
             messages = link.receive()
         except TimeoutError:
             return True
-        for message in messages or ():
+        self._deal(link, messages or ())
+        if messages is None and not self._parted.is_set():
+            self._lost(link, "its connection closed")
+        return messages is not None
+
+    def _deal(self, link: Link, messages: Iterable[dict[str, Any]]) -> None:
+        for message in messages:
             if self.index:
                 self._from_hub(message)
             else:
                 self._from_spoke(link.process, message)
-        if messages is None and not self._parted.is_set():
-            self._lost(link, "its connection closed")
-        return messages is not None
 
     def _from_spoke(self, process: int, message: dict[str, Any]) -> None:
         """At process 0: ``ping``, ``asked`` (to stop), ``at`` (a step), ``failed`` (with what), ``bye``."""

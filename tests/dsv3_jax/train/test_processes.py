@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from dsv3_jax.train.trainer import train
 
 ROOT = Path(__file__).resolve().parents[3]
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds that anything here may take on a busy machine."""
 
 
@@ -75,7 +76,7 @@ def config(tmp_path_factory):
 class Pair:
     """Two processes of one job, each with one device."""
 
-    def __init__(self, config, out, cache, **launch):
+    def __init__(self, config, out, cache):
         with socket.create_server(("127.0.0.1", 0)) as one:
             port = one.getsockname()[1]
         preset = out.with_suffix(".toml")
@@ -86,11 +87,10 @@ class Pair:
             "PYTHONPATH": str(ROOT), "DSV3_COORDINATOR": f"localhost:{port}", "DSV3_PROCESSES": "2",
         }  # fmt: skip
         command = [sys.executable, "-m", "dsv3_jax.cli.main", "train", str(preset), "--out", str(out)]
-        options = [word for name, value in launch.items() for word in (f"--launch.{name}", str(value))]
         self.out = out
         self.processes = [
             subprocess.Popen(
-                [*command, "--launch.process", str(i), *options],
+                [*command, "--launch.process", str(i)],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -128,9 +128,18 @@ def own_lines(errors):
 
 
 @pytest.fixture(scope="module")
-def losses(config, tmp_path_factory):
-    """``(steps) -> losses`` of a run by one process that nothing interrupts."""
-    out = tmp_path_factory.mktemp("run") / "reference"
+def begun(config, tmp_path_factory):
+    """The first three steps by one process on one device."""
+    out = tmp_path_factory.mktemp("begun") / "run"
+    train(replace(config, mesh={"data": 1}), out, stop_after=3, console=Console(quiet=True))
+    return out
+
+
+@pytest.fixture(scope="module")
+def losses(config, begun, tmp_path_factory):
+    """``(steps) -> losses`` of a run by one process on two devices."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    shutil.copytree(begun, out)
 
     def upto(steps):
         if len(read_metrics(out)) < steps:
@@ -140,10 +149,11 @@ def losses(config, tmp_path_factory):
     return upto
 
 
-def test_sigterm_to_one_of_two_processes_saves_both_at_one_step_and_one_process_goes_on(
-    config, tmp_path, compile_cache, losses
+def test_two_processes_go_on_from_one_and_one_from_two_that_sigterm_to_one_has_stopped_at_one_step(
+    config, begun, tmp_path, compile_cache, losses
 ):
     out = tmp_path / "run"
+    shutil.copytree(begun, out)
     with Pair(config, out, compile_cache) as pair:
         pair.reach(6)
         pair.processes[1].send_signal(signal.SIGTERM)
@@ -157,7 +167,7 @@ def test_sigterm_to_one_of_two_processes_saves_both_at_one_step_and_one_process_
     assert "SIGTERM: saving after this step" in errors_1
     assert [line for line in printed_1.splitlines() if not line.startswith("[Gloo]")] == []
     assert own_lines(errors_0) == own_lines(errors_1) == []
-    assert took < 60
+    assert took < 120
     assert [record["step"] for record in read_metrics(out)] == list(range(1, step + 1))
     train(config, out, stop_after=step + 4, console=Console(quiet=True))
     found = [record["loss"] for record in read_metrics(out)]
@@ -165,18 +175,16 @@ def test_sigterm_to_one_of_two_processes_saves_both_at_one_step_and_one_process_
     np.testing.assert_allclose(found, losses(step + 4), rtol=1e-6)
 
 
-def test_two_processes_go_on_from_one_and_the_death_of_process_0_ends_the_other_with_one_line(
-    config, tmp_path, compile_cache, losses
-):
+def test_the_death_of_process_0_ends_the_other_with_one_line(config, begun, tmp_path, compile_cache, losses):
     out = tmp_path / "run"
-    train(replace(config, mesh={"data": 1}), out, stop_after=3, console=Console(quiet=True))
-    with Pair(config, out, compile_cache, peer_seconds=20) as pair:
-        pair.reach(10)
+    shutil.copytree(begun, out)
+    with Pair(config, out, compile_cache) as pair:
+        pair.reach(8)
         pair.processes[0].kill()
         killed = time.monotonic()
         pair.processes[1].wait(timeout=PATIENCE)
         took = time.monotonic() - killed
-        (status_0, printed_0, errors_0), (status_1, _, errors_1) = pair.ends()
+        (status_0, printed_0, _), (status_1, _, errors_1) = pair.ends()
     assert status_0 == -signal.SIGKILL
     assert f"going on from {out / 'checkpoints' / '3'}" in printed_0.replace("\n", "")
     assert status_1 == 1, errors_1

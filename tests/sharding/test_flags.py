@@ -1,0 +1,39 @@
+"""Settings of XLA and NCCL: for several devices, and under the user's own."""
+
+import os
+import subprocess
+import sys
+
+from sharding.flags import ENVIRONMENT, XLA, apply_gpu_flags
+
+
+def test_one_device_needs_none():
+    environment = {}
+    assert apply_gpu_flags(environment, 1) == []
+    assert environment == {}
+
+
+def test_the_users_own_settings_win():
+    own = "--xla_gpu_enable_latency_hiding_scheduler=false --xla_dump_to=/tmp/x"
+    environment = {"XLA_FLAGS": own, "NCCL_NVLS_ENABLE": "1"}
+    names = apply_gpu_flags(environment, 2)
+    assert environment["NCCL_NVLS_ENABLE"] == "1"
+    assert environment["XLA_FLAGS"].startswith(own + " --xla_gpu_all_gather_combine_threshold_bytes=134217728")
+    assert environment["XLA_FLAGS"].count("latency_hiding") == 1
+    assert {"xla_gpu_enable_latency_hiding_scheduler", "NCCL_NVLS_ENABLE"}.isdisjoint(names)
+    again = dict(environment)
+    assert apply_gpu_flags(again, 2) == []
+    assert again == environment
+
+
+def test_every_setting_has_a_reason():
+    assert all(len(one.reason) > 20 for one in (*XLA, *ENVIRONMENT))
+
+
+def test_xla_knows_every_flag():
+    """It ends a process at the first one that it does not know."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    apply_gpu_flags(environment, 2)
+    code = "import jax; print(len(jax.devices()))"
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
