@@ -1,14 +1,15 @@
 """Times the dense FP8 products at the shapes of DeepGEMM's tables, against its figures and XLA's bfloat16 product.
 
     MOSAIC_GPU_DUMP_PTXAS=1 python -m pallas_kernels.fp8_gemm.bench [--sweep] [--json FILE] [--case PART ...]
-        [--seconds LIMIT] [--no-xla]
+        [--seconds LIMIT] [--passes N] [--fence] [--no-xla]
 
 Burst is CUPTI's kernel time after a rest with inputs out of the cache, sustained is 150 ms of calls back to back that
 rotate over 200 MB of inputs. ``x`` after a figure: DeepGEMM's time over ours (above 1 is faster). Spilled registers are
-reported where the environment variable is set.
+reported where the environment variable is set. ``--sweep`` ends with the costs that belong into ``tiles.py``.
 """
 
-from typing import Literal
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,35 +24,48 @@ def tilings(case: cases.Case) -> list[Tiling]:
     """What ``--sweep`` tries besides the default."""
     if case.operation == "wgrad":
         made = [
-            Tiling(unroll=1),
-            Tiling(unroll=2, cluster=2),
-            Tiling(unroll=1, cluster=2),
-            Tiling(unroll=1, block_n=192, store_slots=3),
+            tiles.WGRAD[0][0],
+            Tiling(block_n=192, unroll=1, store_slots=3),
+            Tiling(block_n=192, unroll=1, cluster=2, store_slots=3),
+            Tiling(unroll=2, cluster=2, share="a"),
         ]
         return [deepened(tiling, column_scales=True, out_bytes=4) for tiling in made]
-    if case.rows > 128:
+    if case.rows <= 128:
+        return few_rows(case)
+    made = [
+        tiles.GEMM[0][0],
+        Tiling(unroll=2, cluster=2),
+        Tiling(unroll=4, cluster=2, share="a"),
+        Tiling(unroll=4, cluster=2, width=16),
+        Tiling(unroll=4, cluster=2, minor=0),
+    ]
+    if case.columns % 128:
         made = [
-            Tiling(unroll=1, cluster=2),
-            Tiling(unroll=2, cluster=2),
-            Tiling(unroll=4, cluster=2),
-            Tiling(unroll=2),
-            Tiling(unroll=2, cluster=2, minor=0, width=16),
-            Tiling(unroll=1, block_n=192, cluster=2, store_slots=3),
+            tiles.GEMM[0][0],
+            Tiling(block_n=192, unroll=1, store_slots=3),
+            Tiling(block_n=192, unroll=1, cluster=2, share="a", store_slots=3),
+            Tiling(block_n=176, unroll=1),
         ]
-        if case.columns % 128:
-            made += [Tiling(unroll=2, block_n=96, cluster=2, store_slots=3)]
-        return [deepened(tiling) for tiling in made]
-    widths = (96, 128, 192) if case.columns >= 16384 else (16, 32, 64)
-
-    def narrow(block_n: int, warpgroups: int, cluster: int = 1, share: Literal["a", "b"] = "b") -> Tiling:
-        slots, unroll = 3 if block_n % 96 == 0 else 2, 1 if block_n > 128 else 4
-        return Tiling(block_n, warpgroups, unroll=unroll, store_slots=slots, cluster=cluster, share=share)
-
-    warpgroups = 1 if case.rows <= 64 else 2
-    made = [narrow(n, warpgroups) for n in widths] + [narrow(n, warpgroups, 2, "a") for n in widths[:2]]
-    if case.rows > 64:
-        made += [narrow(n, 1, 2) for n in widths[1:] if n <= 128]
     return [deepened(tiling) for tiling in made]
+
+
+def few_rows(case: cases.Case) -> list[Tiling]:
+    """Around the default: in clusters, wider, narrower, and with the rows in one tile or two."""
+    default = tiles.gemm(case.rows, case.columns, case.dim_k)
+
+    def narrow(block_n: int, **how: Any) -> Tiling:
+        slots, unroll = 3 if block_n % 96 == 0 else 2, 1 if block_n > 128 else 4
+        return dataclasses.replace(default, block_n=block_n, store_slots=slots, unroll=unroll, **how)
+
+    made = [narrow(default.block_n, cluster=2, share="a")]
+    widths = sorted({*tiles.FEW_ROWS, 192})
+    place = widths.index(default.block_n)
+    made += [narrow(width) for width in widths[max(place - 1, 0) : place + 2]]
+    if case.rows > 64 and default.warpgroups == 1:
+        made += [narrow(default.block_n, cluster=2), narrow(max(16, default.block_n // 2), warpgroups=2)]
+    elif case.rows > 64:
+        made += [narrow(default.block_n, warpgroups=1, cluster=2)]
+    return [tiling for tiling in map(deepened, made) if tiling != default]
 
 
 def work(case: cases.Case) -> measure.Work:
@@ -84,6 +98,8 @@ def work(case: cases.Case) -> measure.Work:
         peer_burst_us=case.peer_burst_us,
         dense=(k, n, m) if wgrad else (m, n, k),
         default=(tiles.wgrad(k, n, m) if wgrad else tiles.gemm(m, n, k)),
+        table=tiles.WGRAD if wgrad else tiles.GEMM if m > 128 else None,
+        tiled=(1, k, n) if wgrad else (1, m, n),
         column_scales=wgrad,
     )
 
@@ -95,6 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     for case in cases.BENCHED:
         if bench.chosen(case.name):
             bench.run(work(case), tilings(case))
+    bench.finish()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -18,15 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from pallas_kernels.fp8_gemm import tiles, timing
 from pallas_kernels.fp8_gemm.product_sm90 import Tiling
+from pallas_kernels.fp8_gemm.timing import Operands
 
-ROTATED_BYTES = 200 * 10**6
-"""Inputs that calls rotate over: more than three times an H200's L2 cache."""
-LOAD_SECONDS = 0.15
 _FEWEST_MICROSECONDS = 400
 _QUICK_COMPILE: dict[str, Any] = {"xla_gpu_autotune_level": 0}
-
-Operands = tuple[Array, ...]
 
 
 @dataclasses.dataclass
@@ -45,6 +43,8 @@ class Work:
         peer_burst_us: DeepGEMM, kernel time with a cold L2.
         dense: rows, columns and contraction of one bfloat16 product of the size, for XLA's time.
         default: the tiling that the operation takes.
+        tiled: groups, rows and columns that are cut into tiles.
+        table: the tilings to choose from, the first of cost 1; None where the choice does not go by cost.
         column_scales: whether the kernel is the one with two scale vectors.
     """
 
@@ -59,7 +59,18 @@ class Work:
     peer_burst_us: float | None
     dense: tuple[int, int, int]
     default: Tiling
+    tiled: tuple[int, int, int]
+    table: tiles.Table | None = None
     column_scales: bool = False
+
+    @property
+    def floor_us(self) -> float:
+        """The least that a call can take, microseconds, at 1.4 PFLOP/s and 4.2 TB/s."""
+        return max(self.flops / 1.4e9, self.moved_bytes / 4.2e6)
+
+    def kernel_of(self, tiling: Tiling) -> Callable[[Operands, Array | None], Array]:
+        """The kernel with a tiling."""
+        return functools.partial(self.kernel, tiling)
 
 
 def parser(doc: str | None, names: Sequence[str]) -> argparse.ArgumentParser:
@@ -69,6 +80,8 @@ def parser(doc: str | None, names: Sequence[str]) -> argparse.ArgumentParser:
     made.add_argument("--case", nargs="+", help=f"only cases whose name holds one of these; all: {', '.join(names)}")
     made.add_argument("--sweep", action="store_true", help="try other tilings too")
     made.add_argument("--seconds", type=float, default=math.inf, help="begin no case after this long")
+    made.add_argument("--passes", type=int, default=1, help="measure under load so often in turns, take the median")
+    made.add_argument("--fence", action="store_true", help="also the default with its fence (see Tiling) the other way")
     made.add_argument("--no-xla", action="store_true", help="leave out XLA's bfloat16 product")
     return made
 
@@ -95,10 +108,12 @@ class Bench:
             self.options.json.write_text(json.dumps(self.rows, indent=1))
 
     def run(self, work: Work, others: Sequence[Tiling]) -> None:
-        """The case with its default tiling and, where the options ask for a sweep, the others."""
+        """The case with its default tiling and what the options ask for besides."""
         tilings = [work.default]
+        if self.options.fence:
+            tilings.append(dataclasses.replace(work.default, fenced=not work.default.fenced))
         if self.options.sweep:
-            tilings += [tiling for tiling in others if tiling != work.default]
+            tilings += [tiling for tiling in others if tiling not in tilings]
         try:
             self._run(work, tilings)
         except Exception as error:  # what does not fit must not end the bench
@@ -109,62 +124,121 @@ class Bench:
         make = jax.jit(work.make)
         first = make(keys[0])
         expected = jax.jit(work.reference, compiler_options=_QUICK_COMPILE)(*first)
-        xla_us = None if self.options.no_xla else _dense_microseconds(*work.dense)
-        input_bytes = sum(x.nbytes for x in first)
-        floor_us = max(work.flops / 1.4e9, work.moved_bytes / 4.2e6)
-        count = max(math.ceil(ROTATED_BYTES / input_bytes), min(48, math.ceil(_FEWEST_MICROSECONDS / floor_us)))
+        if work.into is not None:
+            expected = expected + work.into()
+        xla_us = None if self.options.no_xla else timing.dense_microseconds(*work.dense)
+        count = max(
+            math.ceil(timing.ROTATED_BYTES / sum(x.nbytes for x in first)),
+            min(48, math.ceil(_FEWEST_MICROSECONDS / work.floor_us)),
+        )
         sets = [first] + [make(key) for key in keys[1:count]]
-        compiled, reports = _compile_all(work, tilings, sets)
-        for tiling, (function, burst_function, failure) in zip(tilings, compiled, strict=True):
+        built, reports = _build_all(work, tilings, sets)
+        rows: list[dict[str, Any]] = []
+        for tiling, (once, looped, failure) in zip(tilings, built, strict=True):
             name = tiling.name(work.column_scales)
             row: dict[str, Any] = {"case": work.name, "tiling": name, "default": tiling == work.default}
-            if function is None:
-                self.keep(row | {"failed": failure})
+            if work.table is not None:
+                row["cost_one"] = work.table[0][0].name(work.column_scales)
+            rows.append(row)
+            if failure:
+                row["failed"] = failure
                 continue
             try:
                 intos = None if work.into is None else [work.into() for _ in sets]
-                row["us"] = _burst(burst_function, sets, intos)
-                outs = function(sets, intos)
-                start = 0.0 if work.into is None else work.into()
-                row["calc_diff"] = device_calc_diff(outs[0], expected + start)
-                del start
+                row["us"], outs = timing.burst(once, sets, intos, "fp8")
+                row["calc_diff"] = device_calc_diff(outs[0], expected)
                 row["spilled_bytes"] = reports.get(name)
-                row["sustained_us"] = _sustained(function, sets, outs if intos else None)
-                del outs
+                row["copies"] = len(re.findall(r"= (?:bf16|f32|f8\w+)\[[\d,]{5,}\]\S* copy\(", looped[0].as_text()))
+                del outs, intos
+            except Exception as error:
+                row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        self._sustain(work, rows, built, sets)
+        for tiling, row in zip(tilings, rows, strict=True):
+            if "failed" not in row:
+                row["cost"] = row["sustained_us"] / tiles.tile_columns(tiling, *work.tiled)
                 for prefix, peer in (("", work.peer_burst_us), ("sustained_", work.peer_us)):
                     row[f"{prefix}tflops"] = work.flops / row[f"{prefix}us"] / 1e6
                     row[f"{prefix}gbs"] = work.moved_bytes / row[f"{prefix}us"] / 1e3
                     row[f"{prefix}to_peer"] = peer / row[f"{prefix}us"] if peer else None
                 row["sustained_to_xla"] = xla_us / row["sustained_us"] if xla_us else None
-            except Exception as error:
-                row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             self.keep(row)
 
+    def finish(self) -> None:
+        """Prints what the rows say of the table in ``tiles.py``, and of the fence."""
+        measured = [row for row in self.rows if "failed" not in row]
+        sustained = {(row["case"], row["tiling"]): row["sustained_us"] for row in measured}
+        for line in [*_costs(measured), *_fence(measured, sustained)]:
+            print(line, flush=True)
 
-def _compile_all(work: Work, tilings: Sequence[Tiling], sets: list[Operands]) -> tuple[list[Any], dict[str, int]]:
-    """Every tiling's function over all sets, in place and not, or why it failed; and ptxas's spills by kernel name."""
+    def _sustain(self, work: Work, rows: list[dict[str, Any]], built: list[Any], sets: list[Operands]) -> None:
+        """Adds the median of ``--passes`` passes, in each of which the tilings take turns: a card's clock drifts."""
+        seconds: list[list[float]] = [[] for _ in rows]
+        outs = _zeros(work, sets)
+        for _ in range(self.options.passes):
+            for row, times, (_, looped, _) in zip(rows, seconds, built, strict=True):
+                if "failed" not in row:
+                    us, outs = timing.sustained(looped, sets, outs)
+                    times.append(us)
+        for row, times in zip(rows, seconds, strict=True):
+            if times:
+                row["sustained_us"], row["passes"] = float(np.median(times)), times
+
+
+def _costs(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines: each operation's tilings and their cost, the mean over shapes of that against the table's first."""
+    of_case = {(row["case"], row["tiling"]): row["cost"] for row in rows}
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if (first := of_case.get((row["case"], row.get("cost_one", "")))) is not None:
+            found.setdefault((row["case"].split("/")[0], row["tiling"]), []).append(row["cost"] / first)
+    return [
+        f"cost {operation:<12} {tiling:<28} {np.exp(np.mean(np.log(costs))):.3f} over {len(costs)} shapes"
+        for (operation, tiling), costs in found.items()
+    ]
+
+
+def _fence(rows: list[dict[str, Any]], sustained: dict[tuple[str, str], float]) -> list[str]:
+    """Lines: the sustained time with the fence over that without, where both were measured."""
+    pairs = [(row, sustained.get((row["case"], row["tiling"] + "f"))) for row in rows]
+    return [
+        f"fence {row['case']:<28} {row['tiling']:<26} costs {100 * (us / row['sustained_us'] - 1):+.1f}%"
+        for row, us in pairs
+        if us is not None
+    ]
+
+
+def _zeros(work: Work, sets: list[Operands]) -> list[Array]:
+    out = jax.eval_shape(
+        work.kernel_of(work.default), sets[0], None if work.into is None else jax.eval_shape(work.into)
+    )
+    return [jnp.zeros(out.shape, out.dtype) for _ in sets]
+
+
+def _build_all(work: Work, tilings: Sequence[Tiling], sets: list[Operands]) -> tuple[list[Any], dict[str, int]]:
+    """Every tiling's function over all sets, once and looped, or why it failed; and ptxas's spills by kernel name."""
+    adding = work.into is not None
     intos_type = None if work.into is None else [jax.eval_shape(work.into)] * len(sets)
 
     def build(tiling: Tiling) -> tuple[Any, Any, str]:
-        one = jax.jit(lambda operands, into: work.kernel(tiling, operands, into))
+        call = work.kernel_of(tiling)
+        one = jax.jit(call)
 
         def over_all(sets: list[Operands], intos: list[Array] | None) -> list[Array]:
             return [one(operands, None if intos is None else intos[i]) for i, operands in enumerate(sets)]
 
         try:
-            in_place = jax.jit(over_all, donate_argnums=1).lower(sets, intos_type).compile()
-            if work.into is None:
-                return in_place, in_place, ""
-            return in_place, jax.jit(over_all).lower(sets, intos_type).compile(), ""
+            once = jax.jit(over_all).lower(sets, intos_type).compile()
+            outs = [jax.eval_shape(call, sets[0], None if intos_type is None else intos_type[0])] * len(sets)
+            return once, timing.loop(call, sets, outs, adding, work.floor_us), ""
         except Exception as error:
             return None, None, f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
     with _CapturedOutput() as captured, concurrent.futures.ThreadPoolExecutor(8) as pool:
-        compiled = list(pool.map(build, tilings))
-        for function, _, _ in compiled:  # some of the compilation waits for the first call
-            if function is not None:
-                jax.block_until_ready(function(sets, None if work.into is None else [work.into() for _ in sets]))
-    return compiled, spilled_bytes(captured.text)
+        built = list(pool.map(build, tilings))
+        for once, _, _ in built:  # some of the compilation waits for the first call
+            if once is not None:
+                jax.block_until_ready(once(sets, None if work.into is None else [work.into() for _ in sets]))
+    return built, spilled_bytes(captured.text)
 
 
 def spilled_bytes(report: str) -> dict[str, int]:
@@ -207,52 +281,6 @@ def device_calc_diff(got: Array, expected: Array) -> float:
     return float(difference / energy)
 
 
-def _burst(function: Any, sets: list[Operands], intos: Any) -> float:
-    """Device time of a call after a rest (CUPTI), microseconds; each finds its inputs out of the cache."""
-    from jax.experimental.mosaic.gpu import profiler
-
-    time.sleep(0.15)
-    kernels: Any
-    _, kernels = profiler.Cupti(finalize=False).measure(function, aggregate=False)(sets, intos)
-    milliseconds: list[float] = [ms for name, ms in kernels or () if name.startswith("fp8")]  # not XLA's copies
-    if len(milliseconds) != len(sets):
-        raise RuntimeError(f"CUPTI saw {len(milliseconds)} of {len(sets)} kernels")
-    return 1e3 * float(np.median(milliseconds))
-
-
-def _sustained(function: Any, sets: list[Operands], intos: Any) -> float:
-    """Time of a call among calls back to back for ``LOAD_SECONDS``, microseconds."""
-    intos, seconds = _seconds(function, sets, intos, 2)
-    rounds = max(3, round(LOAD_SECONDS / (seconds / 2)))
-    return 1e6 * _seconds(function, sets, intos, rounds)[1] / rounds / len(sets)
-
-
-def _seconds(function: Any, sets: list[Operands], intos: Any, rounds: int) -> tuple[Any, float]:
-    start = time.perf_counter()
-    outs = intos
-    for _ in range(rounds):
-        outs = function(sets, intos)
-        intos = None if intos is None else outs
-    jax.block_until_ready(outs)
-    return intos, time.perf_counter() - start
-
-
-def _dense_microseconds(rows: int, columns: int, contraction: int) -> float:
-    """Sustained time of XLA's bfloat16 product (cuBLAS) of this size, microseconds."""
-    a_bytes = 2 * contraction * (rows + columns)
-    count = min(48, max(1, math.ceil(ROTATED_BYTES / a_bytes)))
-    keys = jax.random.split(jax.random.key(1), 2 * count)
-    sets = [
-        (
-            jax.random.normal(keys[2 * i], (rows, contraction), jnp.bfloat16),
-            jax.random.normal(keys[2 * i + 1], (columns, contraction), jnp.bfloat16),
-        )
-        for i in range(count)
-    ]
-    over_all = jax.jit(lambda sets: [jnp.einsum("mk,nk->mn", a, b) for a, b in sets])
-    return _sustained(lambda sets, _: over_all(sets), sets, None)
-
-
 def _line(row: dict[str, Any]) -> str:
     line = f"{row['case']:<28} {row['tiling']:<26}{'*' if row.get('default') else ' '}"
     if "failed" in row:
@@ -262,6 +290,7 @@ def _line(row: dict[str, Any]) -> str:
         line += f" {row[f'{prefix}to_peer']:.2f}x" if row[f"{prefix}to_peer"] else ""
     line += f" xla {row['sustained_to_xla']:.2f}x" if row["sustained_to_xla"] else ""
     line += f" diff {row['calc_diff']:.1e}"
+    line += f" COPIES {row['copies']}" if row.get("copies") else ""
     return line + (f" SPILLED {row['spilled_bytes']}" if row.get("spilled_bytes") else "")
 
 

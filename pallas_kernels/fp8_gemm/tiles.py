@@ -1,4 +1,10 @@
-"""Which tiling a shape gets: rules by shape class, and entries that the bench found better (``bench.py --sweep``)."""
+"""Which tiling a shape gets.
+
+Where arithmetic is the cost, a product takes as long as its busiest SM: rounds of tiles, times the columns of a tile,
+times what a column costs with that tiling. The costs are the table that the bench prints (``bench.py --sweep``), from
+sustained times on an H200, relative to a class's first entry; the tiling with the least product is taken. Where the
+weights' bytes are the cost, with few rows, tiles are chosen that keep every SM reading.
+"""
 
 import dataclasses
 
@@ -8,6 +14,8 @@ from pallas_kernels.fp8_gemm.product_sm90 import Tiling
 _SHARED_MEMORY = 232448 - 2048
 """Bytes of shared memory a block may have, less barriers and alignment."""
 
+Table = tuple[tuple[Tiling, float], ...]
+
 
 def deepened(tiling: Tiling, *, column_scales: bool = False, out_bytes: int = 2, most: int = 16) -> Tiling:
     """The tiling with as many stages as fit in shared memory."""
@@ -16,54 +24,86 @@ def deepened(tiling: Tiling, *, column_scales: bool = False, out_bytes: int = 2,
     return dataclasses.replace(tiling, stages=min(most, (_SHARED_MEMORY - stores) // stage))
 
 
-_DENSE = deepened(Tiling(unroll=4))
-_FEW_ROWS = (16, 32, 64, 96, 128, 192)
+def _table(*entries: tuple[Tiling, float], column_scales: bool = False) -> Table:
+    out_bytes = 4 if column_scales else 2
+    return tuple((deepened(t, column_scales=column_scales, out_bytes=out_bytes), cost) for t, cost in entries)
+
+
+GEMM = _table(
+    (Tiling(unroll=4, cluster=2), 1.0),
+    (Tiling(block_n=192, unroll=1, cluster=2, store_slots=3), 1.05),
+    (Tiling(unroll=4), 1.03),
+)
+WGRAD = _table(
+    (Tiling(unroll=2, cluster=2), 1.0),
+    (Tiling(block_n=192, unroll=1, store_slots=3), 0.96),
+    (Tiling(unroll=2), 1.01),
+    column_scales=True,
+)
+GROUPED = _table((Tiling(unroll=2, cluster=2, share="a"), 1.0))
+MASKED = _table((Tiling(unroll=2, cluster=2), 1.0), (Tiling(unroll=2), 1.01))
+# Steps are not known beforehand: unrolled, products would wait for one another.
+GROUPED_WGRAD = _table((Tiling(unroll=1, cluster=2, share="a"), 1.0), column_scales=True)
+
+FEW_ROWS = (16, 32, 64, 96, 128)
 """Tile widths to choose from where the weights' bytes are the cost."""
 
 
+def rounds(tiling: Tiling, groups: int, rows: int, columns: int) -> int:
+    """Tiles of the SM that has the most."""
+    down, across = tiling.grid(rows, columns)
+    return -(-groups * down * across // (dispatch.HOPPER_SM_COUNT // tiling.cluster))
+
+
+def tile_columns(tiling: Tiling, groups: int, rows: int, columns: int) -> float:
+    """Columns of 128 rows that the busiest SM computes: what a table's costs are relative to."""
+    return rounds(tiling, groups, rows, columns) * tiling.block_n * tiling.block_m / 128
+
+
+def cheapest(table: Table, groups: int, rows: int, columns: int) -> Tiling:
+    """The table's tiling with the least estimated time for the shape."""
+    return min(table, key=lambda entry: entry[1] * tile_columns(entry[0], groups, rows, columns))[0]
+
+
 def gemm(rows: int, columns: int, contraction: int) -> Tiling:
-    """For ``fp8_gemm``: large tiles where arithmetic is the cost, else tiles that keep every SM reading weights."""
+    """For ``fp8_gemm``."""
     del contraction
-    if rows > 128:
-        return _DENSE
+    return _few_rows(rows, columns) if rows <= 128 else cheapest(GEMM, 1, rows, columns)
+
+
+def _few_rows(rows: int, columns: int) -> Tiling:
     candidates = [
-        Tiling(
-            block_n=block_n,
-            warpgroups=warpgroups,
-            unroll=1 if block_n > 128 else 4,
-            store_slots=3 if block_n % 96 == 0 else 2,
-        )
+        Tiling(block_n=block_n, warpgroups=warpgroups, store_slots=3 if block_n % 96 == 0 else 2)
         for warpgroups in ((1,) if rows <= 64 else (1, 2))
-        for block_n in _FEW_ROWS
+        for block_n in FEW_ROWS
     ]
 
     def bytes_read(tiling: Tiling) -> float:
-        down, across = tiling.grid(rows, columns)
-        waves = -(-down * across // dispatch.HOPPER_SM_COUNT)
-        return waves * (tiling.block_n + tiling.block_m / 2)  # A is read from the cache
+        return rounds(tiling, 1, rows, columns) * (tiling.block_n + tiling.block_m / 2)  # A is read from the cache
 
     return deepened(min(candidates, key=bytes_read))
 
 
 def wgrad(rows: int, columns: int, tokens: int) -> Tiling:
     """For ``fp8_wgrad``."""
-    del rows, columns, tokens
-    return deepened(Tiling(unroll=2), column_scales=True, out_bytes=4)
+    del tokens
+    return cheapest(WGRAD, 1, rows, columns)
 
 
-def grouped(columns: int, contraction: int) -> Tiling:
+def grouped(rows: int, columns: int, contraction: int) -> Tiling:
     """For ``grouped_fp8_gemm``."""
-    del columns, contraction
-    return _DENSE
+    del contraction
+    return cheapest(GROUPED, 1, rows, columns)
 
 
-def masked(max_rows: int, columns: int, contraction: int) -> Tiling:
+def masked(groups: int, max_rows: int, columns: int, contraction: int) -> Tiling:
     """For ``masked_fp8_gemm``."""
-    del columns, contraction
-    return deepened(Tiling(unroll=2) if max_rows > 64 else Tiling(block_n=64, warpgroups=1))
+    del contraction
+    if max_rows <= 64:
+        return deepened(Tiling(block_n=64, warpgroups=1))
+    return cheapest(MASKED, groups, max_rows, columns)
 
 
-def grouped_wgrad(rows: int, columns: int) -> Tiling:
-    """For ``grouped_fp8_wgrad``. Steps are not known beforehand: unrolled, products wait for one another."""
-    del rows, columns
-    return deepened(Tiling(unroll=1), column_scales=True, out_bytes=4)
+def grouped_wgrad(groups: int, rows: int, columns: int) -> Tiling:
+    """For ``grouped_fp8_wgrad``."""
+    return cheapest(GROUPED_WGRAD, groups, rows, columns)

@@ -1,7 +1,7 @@
 """Times the grouped FP8 products at the shapes of DeepGEMM's tables; figures as in ``fp8_gemm/bench.py``.
 
     MOSAIC_GPU_DUMP_PTXAS=1 python -m pallas_kernels.grouped_fp8_gemm.bench [--sweep] [--json FILE] [--case PART ...]
-        [--seconds LIMIT] [--no-xla]
+        [--seconds LIMIT] [--passes N] [--fence] [--no-xla]
 
 XLA's time is one dense bfloat16 product of the size.
 """
@@ -15,35 +15,47 @@ from pallas_kernels.fp8_gemm.product_sm90 import Tiling
 from pallas_kernels.fp8_gemm.tiles import deepened
 from pallas_kernels.grouped_fp8_gemm import cases, pallas_sm90, reference
 
+TABLES = {"contiguous": tiles.GROUPED, "masked": tiles.MASKED, "wgrad": tiles.GROUPED_WGRAD}
+
 
 def tilings(case: cases.Case) -> list[Tiling]:
     """What ``--sweep`` tries besides the default."""
+    made = [TABLES[case.operation][0][0]]
     if case.operation == "wgrad":
-        made = [
+        made += [
+            Tiling(block_n=192, unroll=1, store_slots=3),
+            Tiling(block_n=192, unroll=1, cluster=2, share="a", store_slots=3),
             Tiling(unroll=1, cluster=2),
-            Tiling(unroll=1, cluster=2, share="a"),
-            Tiling(unroll=1, minor=0, width=16),
         ]
         return [deepened(tiling, column_scales=True, out_bytes=4) for tiling in made]
-    share = "a" if case.operation == "contiguous" else "b"
-    made = [
-        Tiling(unroll=1, cluster=2, share=share),
-        Tiling(unroll=2, cluster=2, share=share),
-        Tiling(unroll=2),
-        Tiling(unroll=2, cluster=2, share=share, minor=0, width=16),
-    ]
     if case.operation == "masked":
-        made[2:] = [Tiling(unroll=2, block_n=96, store_slots=3), Tiling(unroll=1, block_n=192, store_slots=3)]
+        made += [Tiling(unroll=2), Tiling(unroll=2, cluster=2, share="a")]
+        return [deepened(tiling) for tiling in made]
+    made += [
+        Tiling(unroll=4),
+        Tiling(unroll=4, cluster=2, share="a"),
+        Tiling(unroll=2, cluster=2, share="a", width=16),
+        Tiling(unroll=2, cluster=2, share="a", minor=0, width=16),
+    ]
     return [deepened(tiling) for tiling in made]
 
 
 def default_tiling(case: cases.Case) -> Tiling:
     """What the operation takes."""
     if case.operation == "wgrad":
-        return tiles.grouped_wgrad(case.dim_k, case.columns)
+        return tiles.grouped_wgrad(case.num_groups, case.dim_k, case.columns)
     if case.operation == "masked":
-        return tiles.masked(case.max_rows, case.columns, case.dim_k)
-    return tiles.grouped(case.columns, case.dim_k)
+        return tiles.masked(case.num_groups, case.max_rows, case.columns, case.dim_k)
+    return tiles.grouped(case.rows, case.columns, case.dim_k)
+
+
+def tiled(case: cases.Case) -> tuple[int, int, int]:
+    """Groups, rows and columns that are cut into tiles."""
+    if case.operation == "wgrad":
+        return case.num_groups, case.dim_k, case.columns
+    if case.operation == "masked":
+        return case.num_groups, case.max_rows, case.columns
+    return 1, case.rows, case.columns
 
 
 def work(case: cases.Case) -> measure.Work:
@@ -94,6 +106,8 @@ def work(case: cases.Case) -> measure.Work:
         peer_burst_us=case.peer_burst_us,
         dense=(k, n, rows) if case.operation == "wgrad" else (rows, n, k),
         default=default_tiling(case),
+        table=TABLES[case.operation],
+        tiled=tiled(case),
         column_scales=case.operation == "wgrad",
     )
 
@@ -105,6 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     for case in cases.BENCHED:
         if bench.chosen(case.name):
             bench.run(work(case), tilings(case))
+    bench.finish()
 
 
 if __name__ == "__main__":

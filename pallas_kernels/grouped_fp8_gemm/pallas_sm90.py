@@ -46,7 +46,7 @@ def gemm(
     A cluster's tiles lie beside one another (``share = "a"``): tiles below may be of another group.
     """
     (rows, dim_k), columns = q_MK.shape, w_GNK.shape[1]
-    tiling = tiling or tiles.grouped(columns, dim_k)
+    tiling = tiling or tiles.grouped(rows, columns, dim_k)
     if tiling.warpgroups != 2 or (tiling.cluster > 1 and tiling.share == "b"):
         raise ValueError(f"grouped_fp8_gemm: tiles of 128 rows, clusters that share A; got {tiling}")
     grid = tiling.grid(rows, columns)
@@ -94,7 +94,7 @@ def masked(
 ) -> Array:
     """``masked_fp8_gemm`` on Hopper. Tiles without rows are not read; rows from ``counts_G`` on are zeros."""
     (groups, rows, dim_k), columns = q_GMK.shape, w_GNK.shape[1]
-    tiling = tiling or tiles.masked(rows, columns, dim_k)
+    tiling = tiling or tiles.masked(groups, rows, columns, dim_k)
     grid = tiling.grid(rows, columns)
 
     def locate(index: Any, q_ref: Any, w_ref: Any, sa_ref: Any, sb_ref: Any, count_ref: Any, out_ref: Any) -> Tile:
@@ -152,7 +152,7 @@ def wgrad(
     ``group_of_block`` must never decrease; blocks from ``num_blocks`` on are not read.
     """
     rows, columns = x_KM.shape[0], dy_NM.shape[0]
-    tiling = tiling or tiles.grouped_wgrad(rows, columns)
+    tiling = tiling or tiles.grouped_wgrad(num_groups, rows, columns)
     grid = tiling.grid(rows, columns)
     groups = jnp.arange(num_groups + 1, dtype=group_of_block.dtype)
     first_block = jnp.minimum(jnp.searchsorted(group_of_block, groups).astype(jnp.int32), num_blocks)
