@@ -34,7 +34,8 @@ class Options:
     weights: Literal["params", "ema", "best"] = "params"
     """As trained, their moving average, or those with the lowest validation."""
     precision: Literal["run", "fp32", "bf16"] = "run"
-    """Type of activations and cache; run is what the model was trained in, fp32 for a Hugging Face folder."""
+    """Type of activations and cache; run is what the model was trained in (bf16 after fp8), fp32 for a Hugging Face
+    folder."""
     parse_special: bool = False
     """Special tokens spelled in prompts count as such."""
 
@@ -70,7 +71,7 @@ def run(argv: Sequence[str]) -> int:
         top_p=options.top_p,
         seed=options.seed,
         form=options.form,
-        dtype={"fp32": "float32", "bf16": "bfloat16"}[precision],
+        dtype="float32" if precision == "fp32" else "bfloat16",
     )
     for number, (prompt, new) in enumerate(zip(prompts, written, strict=True)):
         if len(prompts) > 1:

@@ -178,8 +178,9 @@ class TrainConfig:
     """Sequences a step over consumed tokens, up to ``batch_size``; empty is constant."""
     micro_batch_size: int = 0
     """Sequences of one forward and backward pass on one device; 0 takes all of the device's at once."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Type of activations and matrix products. Master weights and gradients are float32 in either."""
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """Type of activations and matrix products; fp8 is bf16 with the linear layers of attention, networks and experts in
+    8 bits (spec 11). Master weights and their gradients are float32 in all."""
     remat: Literal["none", "paper", "full"] = "none"
     """What the backward pass computes again: nothing; norms, MLA up-projections and SwiGLU (spec 12); each block."""
     loss_chunk: int = 2048

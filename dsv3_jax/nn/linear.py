@@ -11,6 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.nn import fp8
+from dsv3_jax.nn.fp8 import FP8Weight, Quantized
 from pallas_kernels.precision import matmul_precision
 
 
@@ -70,14 +72,23 @@ def _draw(key: jax.Array, chunks: int, distribution: str) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """``y = x @ kernel``, no bias anywhere in the family; ``kernel`` is [in, out] float32."""
+    """``y = x @ kernel``, no bias anywhere in the family; ``kernel`` is [in, out] float32, or an FP8Weight of it."""
 
     def __init__(self, config: ModelConfig, size_in: int, size_out: int, *, rngs: nnx.Rngs):
         self.kernel = nnx.Param(init_weight(config, rngs, size_in, size_out))
 
-    def __call__(self, x: Float[Array, "*rows in_"]) -> Float[Array, "*rows out"]:
+    def prepare(
+        self, x: Float[Array, "*rows in_"], *, power_of_two: bool = False
+    ) -> Float[Array, "*rows in_"] | Quantized:
+        """``x`` as the product reads it: in FP8 where the weight is, for one or several layers that read the same."""
+        return fp8.quantize(x, power_of_two=power_of_two) if isinstance(self.kernel.get_value(), FP8Weight) else x
+
+    def __call__(self, x: Float[Array, "*rows in_"] | Quantized) -> Float[Array, "*rows out"]:
         """The product, in x's dtype."""
-        return matmul(x, self.kernel[...])
+        kernel = self.kernel.get_value()
+        if isinstance(kernel, FP8Weight):
+            return fp8.linear(x if isinstance(x, Quantized) else fp8.quantize(x), kernel)
+        return matmul(x, kernel)
 
 
 class Embedding(nnx.Module):

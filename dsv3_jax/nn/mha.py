@@ -40,16 +40,17 @@ class MHA(nnx.Module):
         del form
         config, cos_sin = self.config, rotation(self.config, positions)
         heads = (*x.shape[:2], -1, config.head_dim)
-        q_BTNH = rotate(self.query(x).reshape(heads), cos_sin, interleave=config.rope_interleave)
-        k_BTNH = rotate(self.key(x).reshape(heads), cos_sin, interleave=config.rope_interleave)
-        v_BTNH = self.value(x).reshape(heads)
+        inputs = self.query.prepare(x)
+        q_BTNH = rotate(self.query(inputs).reshape(heads), cos_sin, interleave=config.rope_interleave)
+        k_BTNH = rotate(self.key(inputs).reshape(heads), cos_sin, interleave=config.rope_interleave)
+        v_BTNH = self.value(inputs).reshape(heads)
         if cache is None:
             o_BTNH = causal_attention(q_BTNH, k_BTNH, v_BTNH, scale=self.scale)
         else:
             cache = write_cache(cache, k_BTNH, v_BTNH, positions)
             o_BTNH = self._attend(q_BTNH, cache, positions)
         o_BTX = checkpoint_name(o_BTNH.reshape(*x.shape[:2], -1), "attention")
-        return self.out(o_BTX), cache
+        return self.out(self.out.prepare(o_BTX, power_of_two=True)), cache
 
     def _attend(
         self, q_BTNH: Float[Array, "B T N H"], cache: LayerCache, positions: Int[Array, "B T"]

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.nn.attention import LayerCache, masked_softmax, visible, write_cache
+from dsv3_jax.nn.fp8 import Quantized
 from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.norm import RMSNorm
 from dsv3_jax.nn.rope import rotate, rotation, softmax_scale
@@ -46,18 +47,17 @@ class MLA(nnx.Module):
         self.out = Linear(config, heads * config.v_head_dim, config.hidden_size, rngs=rngs)
 
     def queries(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
+        self, x: Float[Array, "B T D"] | Quantized, positions: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T N U"], Float[Array, "B T N R"]]:
         """Query parts without and with RoPE."""
         config = self.config
-        if config.q_lora_rank:
-            x = self.q_norm(checkpoint_name(self.q_down(x), "latent"))
-        q_BTNH = self.q_up(x).reshape(*x.shape[:2], config.num_attention_heads, config.qk_head_dim)
+        latent = self.q_norm(checkpoint_name(self.q_down(x), "latent")) if config.q_lora_rank else x
+        q_BTNH = self.q_up(latent).reshape(*x.shape[:2], config.num_attention_heads, config.qk_head_dim)
         q_BTNU, q_BTNR = jnp.split(q_BTNH, [config.qk_nope_head_dim], axis=-1)
         return q_BTNU, rotate(q_BTNR, rotation(config, positions), interleave=config.rope_interleave)
 
     def latents(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
+        self, x: Float[Array, "B T D"] | Quantized, positions: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B T R"]]:
         """What a cache holds: the normalized latent, and the rotated key all heads share (not normalized)."""
         config = self.config
@@ -85,8 +85,9 @@ class MLA(nnx.Module):
         form: AttentionForm = "naive",
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Causal attention within x, or over ``cache`` and x, whose latents are then written to the cache."""
-        q_BTNU, q_BTNR = self.queries(x, positions)
-        ckv_BTC, key_BTR = self.latents(x, positions)
+        inputs = self.kv_down.prepare(x)
+        q_BTNU, q_BTNR = self.queries(inputs, positions)
+        ckv_BTC, key_BTR = self.latents(inputs, positions)
         if cache is None:
             k_BTNH, v_BTNW = self.expand(ckv_BTC, key_BTR)
             q_BTNH = jnp.concatenate([q_BTNU, q_BTNR], axis=-1)
@@ -96,7 +97,7 @@ class MLA(nnx.Module):
             attend = self._attend_absorbed if form == "absorbed" else self._attend_naive
             o_BTNW = attend(q_BTNU, q_BTNR, cache, positions)
         o_BTX = checkpoint_name(o_BTNW.reshape(*x.shape[:2], -1), "attention")
-        return self.out(o_BTX), cache
+        return self.out(self.out.prepare(o_BTX, power_of_two=True)), cache
 
     def _attend_naive(
         self, q_BTNU: Array, q_BTNR: Array, cache: LayerCache, positions: Int[Array, "B T"]

@@ -11,7 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.nn import fp8
 from dsv3_jax.nn.ffn import FeedForward, swiglu
+from dsv3_jax.nn.fp8_experts import expert_network, fp8_experts
 from dsv3_jax.nn.linear import init_weight
 from dsv3_jax.nn.router import Router, Routing, count_experts
 from pallas_kernels.grouped_gemm import grouped_gemm
@@ -53,9 +55,15 @@ class MoE(nnx.Module):
         routing = self.router(x)
         out = self.routed(x, routing)
         if self.config.n_shared_experts:
-            out = out + self.shared(x)
+            out = out + self._shared(x)
         loss = balance(routing) if balance else jnp.zeros((), jnp.float32)
         return out, MoEAux(loss, count_experts(routing.experts, self.config.n_routed_experts))
+
+    def _shared(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate_up, down = self.shared.gate_up.kernel.get_value(), self.shared.down.kernel.get_value()
+        if isinstance(gate_up, fp8.FP8Weight) and isinstance(down, fp8.FP8Weight):
+            return expert_network(fp8.quantize(x, power_of_two=True), gate_up, down)
+        return self.shared(x)
 
     def routed(self, x: Float[Array, "B T D"], routing: Routing) -> Float[Array, "B T D"]:
         """Sum over a token's experts of gate value times expert output.
@@ -70,14 +78,16 @@ class MoE(nnx.Module):
             )
         chosen = routing.experts.shape[-1]
         x_TD = x.reshape(-1, size)
+        params = (self.gate_up.get_value(), self.down.get_value())
+        in_fp8 = isinstance(params[0], fp8.FP8Weight)
         out_TD = routed(
             x_TD,
             routing.experts.reshape(-1, chosen),
             routing.weights.reshape(-1, chosen),
-            (self.gate_up[...], self.down[...]),
-            swiglu_experts,
+            params,
+            fp8_experts if in_fp8 else swiglu_experts,
             num_experts=experts,
-            block=block_rows(x_TD.shape[0] * chosen, local),
+            block=fp8.ROWS if in_fp8 else block_rows(x_TD.shape[0] * chosen, local),
             placement=self.placement,
         )
         return out_TD.reshape(x.shape)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 
 from dsv3_jax.config import Config
@@ -14,6 +13,7 @@ from dsv3_jax.data.files import write_whole
 from dsv3_jax.inference import generate_text
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.planning.parameters import count_parameters
+from dsv3_jax.train.loss import activation_dtype
 from dsv3_jax.train.plots import write_plots
 
 _COUNTED_TOKENS = 200_000_000
@@ -91,7 +91,6 @@ def _samples(config: Config, data: Data, model: DeepSeekV3) -> list[str]:
     tokenizer, length = data.tokenizer, config.train.seq_len
     begun = length // 4
     prompts = [tokenizer.decode(row[:begun]) for row in data.validation_rows[:_SAMPLES]] + [""]
-    dtype = jnp.bfloat16 if config.train.precision == "bf16" else jnp.float32
     written = generate_text(
         model,
         tokenizer,
@@ -101,7 +100,7 @@ def _samples(config: Config, data: Data, model: DeepSeekV3) -> list[str]:
         temperature=_TEMPERATURE,
         top_p=_TOP_P,
         seed=config.train.seed,
-        dtype=dtype,
+        dtype=activation_dtype(config.train.precision),
     )
     shown = []
     for number, (prompt, text) in enumerate(zip(prompts, written, strict=True), start=1):

@@ -84,6 +84,11 @@ def _chunked_bwd(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
+def activation_dtype(precision: str) -> Any:
+    """What modules pass to each other under a ``train.precision``: bfloat16 around FP8 products too (spec 11.2)."""
+    return jnp.float32 if precision == "fp32" else jnp.bfloat16
+
+
 class Losses(NamedTuple):
     """What one micro-batch adds up to; losses are shares of the whole step's means."""
 
@@ -118,7 +123,7 @@ def training_loss(
     k has fewer (eq 24). Balance losses average over sequences and sum over routers.
     """
     train = config.train
-    dtype = jnp.bfloat16 if train.precision == "bf16" else jnp.float32
+    dtype = activation_dtype(train.precision)
     routes = config.model.n_moe_layers or config.model.num_nextn_predict_layers
     balance = functools.partial(balance_loss, loss=config.loss) if routes else None
     tokens_or_pad, tokens = tokens, jnp.maximum(tokens, 0)

@@ -1,6 +1,7 @@
 """The training step: one ``jax.jit`` holding one ``jax.shard_map`` over the whole mesh (design: one device is the mesh
 (1, 1, 1), not a second path), and the evaluation step."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +14,11 @@ from jaxtyping import Int32
 
 from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.model import DeepSeekV3, Tree, merge_model
+from dsv3_jax.nn import fp8
 from dsv3_jax.nn.balance import max_violation, relative_load, update_bias
 from dsv3_jax.train import schedule
 from dsv3_jax.train.ema import update_ema
-from dsv3_jax.train.loss import Losses, cross_entropy, has_label, training_loss
+from dsv3_jax.train.loss import Losses, activation_dtype, cross_entropy, has_label, training_loss
 from dsv3_jax.train.optimizer import clip_by_norm, make_optimizer
 from dsv3_jax.train.state import TrainState, abstract_state, config_layout, config_mesh, graph_of
 from sharding.mesh import BATCH_AXES
@@ -105,8 +107,10 @@ class TrainStep:
         params, router_bias, opt_state, ema = (arrays[name] for name in ("params", "router_bias", "opt_state", "ema"))
         with jax.named_scope("gather"):
             whole = layout.gather(params)
+        with jax.named_scope("quantize"):
+            codes = fp8.quantize_weights(whole) if config.train.precision == "fp8" else {}
         with jax.named_scope("gradients"):
-            grads, losses = self._gradients(whole, router_bias, tokens_ABT, scalars)
+            grads, losses = self._gradients(whole, codes, router_bias, tokens_ABT, scalars)
             losses = lax.psum(losses, BATCH_AXES)
         with jax.named_scope("scatter"):
             grads = layout.scatter(grads)
@@ -139,14 +143,17 @@ class TrainStep:
         return new_arrays | {"nonfinite": nonfinite}, metrics
 
     def _gradients(
-        self, params: Tree, router_bias: Tree, tokens_ABT: jax.Array, scalars: _Scalars
+        self, params: Tree, codes: Mapping[str, Any], router_bias: Tree, tokens_ABT: jax.Array, scalars: _Scalars
     ) -> tuple[Tree, Losses]:
-        """This device's share of the step's gradients and losses, float32, summed over its micro-batches."""
+        """This device's share of the step's gradients and losses, float32, summed over its micro-batches.
+
+        ``codes`` are the weights of FP8 products, made once for all micro-batches.
+        """
         label_total = lax.psum(jnp.sum(has_label(tokens_ABT), dtype=jnp.float32), BATCH_AXES)
         sequence_total = scalars.micro_batches.astype(jnp.float32) * (tokens_ABT.shape[1] * self.lanes)
 
         def loss(params: Tree, tokens_BT: jax.Array) -> tuple[jax.Array, Losses]:
-            model = merge_model(self._graph, params, router_bias)
+            model = merge_model(self._graph, fp8.attach(params, codes), router_bias)
             losses = training_loss(
                 model,
                 tokens_BT,
@@ -222,10 +229,12 @@ class EvalStep:
         return float(np.sum([float(nats) for nats in sums])), int(np.sum(rows[:, 1:] >= 0))
 
     def _local_nats(self, params: Tree, router_bias: Tree, tokens_BT: jax.Array) -> jax.Array:
-        model: DeepSeekV3 = merge_model(self._graph, self._layout.gather(params), router_bias)
+        params, precision = self._layout.gather(params), self.config.train.precision
+        if precision == "fp8":
+            params = fp8.attach(params, fp8.quantize_weights(params))
+        model: DeepSeekV3 = merge_model(self._graph, params, router_bias)
         tokens = jnp.maximum(tokens_BT, 0)
-        dtype = jnp.bfloat16 if self.config.train.precision == "bf16" else jnp.float32
-        hidden, _, _ = model.trunk(tokens[:, :-1], dtype=dtype)
+        hidden, _, _ = model.trunk(tokens[:, :-1], dtype=activation_dtype(precision))
         hidden = model.final_norm(hidden).reshape(-1, self.config.model.hidden_size)
         labels, weights = tokens[:, 1:].reshape(-1), has_label(tokens_BT).astype(jnp.float32).reshape(-1)
         nats = cross_entropy(hidden, model.head_weight(), labels, weights, self.config.train.loss_chunk)
