@@ -4,10 +4,13 @@ Without recomputation JAX keeps what the derivative of every operation needs. Th
 (tests compare it with the traced one); an RMSNorm, which works in float32, keeps four arrays of its width.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dsv3_jax.config import ModelConfig
-from sharding.expert_parallel import ExpertParallel, memory_rows
+from sharding.expert_parallel import ExpertParallel, hops_of, memory_rows
+from sharding.expert_parallel.placement import received
 
 Tensors = dict[str, int]
 """Bytes by name."""
@@ -95,7 +98,7 @@ def _named(model: ModelConfig, work: Work, *, moe: bool) -> Tensors:
     width = model.moe_intermediate_size
     kept["experts' gate_up"] = rows * 2 * width * work.element
     kept["shared experts' gate_up"] = per_token * 2 * model.n_shared_experts * width
-    return kept
+    return kept | {"rows from other devices": sum(hop.arrived for hop in _hops(model, work))}
 
 
 def _norm(width: int, work: Work, *, output: bool = True) -> int:
@@ -153,6 +156,34 @@ def _experts(model: ModelConfig, work: Work) -> Tensors:
         "experts' rows": 2 * rows * d * work.element,
         "experts' swiglu": _swiglu(rows, width, work),
     }
+    if work.placement.size > 1:
+        ring = tokens * (d * work.element + 8 * chosen) if work.placement.transport == "ring" else 0
+        kept["exchanges"] = ring + sum(hop.without_remat for hop in _hops(model, work))
     if model.n_shared_experts:
         kept["shared experts' swiglu"] = _swiglu(tokens, model.n_shared_experts * width, work)
     return kept
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """Bytes that one exchange of a layer keeps."""
+
+    arrived: int
+    """Rows that came, with their choices: what the paper's set keeps."""
+    without_remat: int
+    """Who went where; and its inputs, where further rounds are computed again from them."""
+
+
+def _hops(model: ModelConfig, work: Work) -> Iterator[_Exchange]:
+    tokens, choices, d = work.tokens, model.num_experts_per_tok, model.hidden_size
+    for hop in hops_of(work.placement, tokens, choices, model.n_routed_experts):
+        columns = min(choices, hop.experts)
+        rows, _ = received(tokens, columns, hop.fan, hop.room)
+        row = d + math.ceil(d / 128) if hop.fp8 else d * work.element
+        slots = 4 * (rows + tokens * min(choices, hop.fan) + rows * columns)
+        rounds = 0
+        if hop.room and hop.room < tokens * columns:
+            pairs = tokens * (2 * choices + 4 * min(choices, hop.fan))
+            rounds = tokens * d * work.element + 4 * pairs + rows * columns
+        yield _Exchange(rows * (row + 8 * columns), slots + rounds)
+        tokens, choices = rows, columns

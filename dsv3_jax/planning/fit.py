@@ -1,11 +1,11 @@
 """Whether a step fits, and what to change where it does not."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from dsv3_jax.config import Config, replace
 from dsv3_jax.planning.memory import MemoryPlan, plan_memory
 from dsv3_jax.planning.stages import Schedule
-
 
 DEFAULT_SHARE = 0.75
 """Of a GPU's memory that JAX takes when it starts, unless ``XLA_PYTHON_CLIENT_MEM_FRACTION`` says otherwise."""
@@ -40,7 +40,7 @@ def remedy(config: Config, plan: MemoryPlan, device: int, share: float, schedule
     )
 
 
-def _changes(config: Config) -> Iterator[dict[str, object]]:
+def _changes(config: Config) -> Iterator[dict[str, Any]]:
     train = config.train
     now = train.micro_batch_size or train.batch_size // (config.mesh.expert * config.mesh.data)
     sizes = [size for size in range(now, 0, -1) if now % size == 0]

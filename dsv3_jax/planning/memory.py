@@ -78,11 +78,11 @@ def plan_memory(config: Config, *, schedule: Schedule = "dualpipe", gpu: bool = 
     work = Work(
         tokens=tokens,
         sequences=sequences,
-        element=2 if train.precision == "bf16" else 4,
+        element=4 if train.precision == "fp32" else 2,
         placement=placement,
         block=block_rows(tokens * model.num_experts_per_tok, local, gpu=gpu),
         sequence_balance=config.loss.sequence_balance > 0,
-        fused_attention=gpu and train.precision == "bf16",
+        fused_attention=gpu and train.precision != "fp32",
     )
     try:
         return _plan(config, sizes, work, per_device // sequences, schedule)
