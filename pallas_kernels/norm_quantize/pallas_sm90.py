@@ -77,7 +77,7 @@ def norm_quantize(
             y = load(step) * lax.broadcast_in_dim(inverse, shape, [0]) * lax.broadcast_in_dim(weight, shape, [1, 2])
             rounded = y.astype(dtype)
             y = round_to(y, dtype) if interpret else rounded.astype(jnp.float32)
-            scale = quantizer.scale_of(jnp.max(jnp.abs(y), axis=2), power_of_two, interpret)
+            scale = quantizer.scale_of(jnp.max(jnp.abs(y), axis=2), power_of_two, interpret, ROWS_OF_TILES.reduce(2))
             q = quantizer.encode(y, scale, layout=ROWS_OF_TILES, power_of_two=power_of_two, interpret=interpret)
             q_ref[here_m, here_k] = q
             scale_ref[here_m, here_k] = scale

@@ -6,8 +6,7 @@ comes to shared memory and is read transposed (``ldmatrix.trans``), so that a ti
 leave through shared memory. The row-wise form of the same input tile is read from there too. What is not of 16 bits
 passes through float16, which holds every e4m3 code exactly, to be transposed.
 
-The division must be the true one, bit for bit, at the price of a product: with ``r = 1 / s`` correctly rounded,
-``q0 = x r`` is corrected by its exact remainder, ``q = q0 + (x - q0 s) r``, in two fused multiply-adds.
+The division is the true one, bit for bit, at the price of three products: see ``division``.
 """
 
 import functools
@@ -16,14 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax._src.lib.mlir.dialects import arith
-from jax._src.lib.mlir.dialects import math as mlir_math
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch, varying
-from pallas_kernels.quantize import reference
-from pallas_kernels.quantize.reference import AMAX_FLOOR, E4M3_MAX, TILE, Tiles, round_up_to_power_of_two
+from pallas_kernels.quantize import division, reference
+from pallas_kernels.quantize.reference import AMAX_FLOOR, TILE, Tiles
 from pallas_kernels.quantize.tile_loop import F8, OUTBOX, Tile, Tiling, send, smem_tile, tiles_of, walk
 
 _HALF = TILE // 2
@@ -47,49 +44,29 @@ def obstacle(x_MK: Array, dtypes: tuple[str, ...] = ("bfloat16", "float16")) -> 
     return None
 
 
-def scale_of(amax: Array, power_of_two: bool, interpret: Any) -> Array:
-    """The scale of each tile. A division stays a division in a kernel, but not in the interpreter."""
-    divide = reference.divide if interpret else jnp.divide
-    scale = divide(jnp.maximum(amax, jnp.float32(AMAX_FLOOR)), jnp.float32(E4M3_MAX))
-    return round_up_to_power_of_two(scale) if power_of_two else scale
+def scale_of(amax: Array, power_of_two: bool, interpret: Any, layout: Any = ROWS) -> Array:
+    """The scale of each tile; ``layout`` is that of ``amax`` where it is no scalar."""
+    if interpret:
+        return reference.scale_of(amax, power_of_two)
+    return division.scale_in_kernel(jnp.maximum(amax, jnp.float32(AMAX_FLOOR)), layout, power_of_two)
 
 
 def encode(x: Array, scale: Array, *, layout: Any, power_of_two: bool, interpret: Any) -> Array:
-    """``e4m3fn(x / scale)`` of float32 ``x [R, C]``, one scale a row or one alone; zero where it is not finite."""
+    """``e4m3fn(x / scale)`` of float32 ``x``, one scale for its last dim or one alone; zero where it is not finite."""
     dims = list(range(scale.ndim))
     along = functools.partial(lax.broadcast_in_dim, shape=x.shape, broadcast_dimensions=dims)
-    if power_of_two:
-        quotient = x * along(1.0 / scale)
-    elif interpret:
+    if interpret:
         quotient = reference.divide(x, along(scale))
     else:
-        quotient = _corrected_product(x.shape, layout)(x, along(scale), along(1.0 / scale))
+        scale_layout = layout.reduce(x.ndim - 1) if dims else layout
+        quotient = division.divide_in_kernel(x, scale, layout, scale_layout, power_of_two)
     return jnp.where(along(scale < jnp.inf), quotient, 0.0).astype(F8)
-
-
-def _corrected_product(shape: tuple[int, ...], layout: Any) -> Any:
-    """The function of x, s and 1 / s that returns x / s."""
-
-    def quotient(x: Any, s: Any, r: Any) -> Any:
-        first = arith.mulf(x, r)
-        remainder = mlir_math.fma(arith.negf(first), s, x)
-        return mlir_math.fma(remainder, r, first)
-
-    @plgpu.inline_mgpu(
-        arg_types=(layout, layout, layout),
-        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout),
-    )
-    def divide(ctx: Any, x: Any, s: Any, r: Any) -> Any:
-        del ctx
-        return x._pointwise(quotient, s, r)
-
-    return divide
 
 
 def quantize_tile(x: Array, *, layout: Any, power_of_two: bool, interpret: Any) -> tuple[Array, Array]:
     """Codes and scales of the rows of an array in registers."""
     x = x.astype(jnp.float32)
-    scale = scale_of(jnp.max(jnp.abs(x), axis=1), power_of_two, interpret)
+    scale = scale_of(jnp.max(jnp.abs(x), axis=1), power_of_two, interpret, layout.reduce(1))
     return encode(x, scale, layout=layout, power_of_two=power_of_two, interpret=interpret), scale
 
 

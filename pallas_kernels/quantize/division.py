@@ -1,0 +1,139 @@
+"""Division in the Hopper kernels: the true quotient's code, bit for bit, at the price of three multiplications.
+
+A kernel's own ``/`` is within two units in the last place. Here a quotient ``q0 = x r``, with the correctly rounded
+reciprocal ``r`` of ``s``, is corrected by its exact remainder, ``q = q0 + (x - q0 s) r``, in fused multiply-adds. Then
+
+- ``amax / 448`` is the correctly rounded quotient (tested for all significands);
+- ``e4m3(q)`` is ``e4m3`` of the correctly rounded ``x / s``. They could differ only where ``q`` and that lie on two
+  sides of a boundary ``m`` between codes, so where ``x / s`` is nearly ``m`` plus half a unit. There ``q0`` is ``m`` or
+  the next number, as ``|q0 - x / s|`` is below ``(1 + m) / 2`` units or one, and with it ``q`` is correctly rounded
+  (P. Markstein, IBM J. Res. Dev. 34, 1990, theorem 7.2).
+
+The sequences are written over an ``Arithmetic``, so that a test can run them in exact numbers.
+"""
+
+import functools
+from typing import Any, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
+from jax._src.lib.mlir.dialects import arith, llvm, vector
+from jax._src.lib.mlir.dialects import math as mlir_math
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.quantize.reference import E4M3_MAX
+
+RECIPROCAL_OF_MAX = float(np.float32(1) / np.float32(E4M3_MAX))
+
+
+@runtime_checkable
+class Arithmetic(Protocol):
+    """Operations of float32, each rounded once to nearest even."""
+
+    def constant(self, value: float, like: Any) -> Any:
+        """``value`` in the shape of ``like``."""
+        ...
+
+    def multiply(self, a: Any, b: Any) -> Any:
+        """``a b``."""
+        ...
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        """``a b + c``, rounded once."""
+        ...
+
+    def negative(self, a: Any) -> Any:
+        """``-a``."""
+        ...
+
+
+def corrected_quotient(ops: Arithmetic, x: Any, s: Any, r: Any) -> Any:
+    """``x / s`` from ``r``, the correctly rounded ``1 / s``."""
+    q0 = ops.multiply(x, r)
+    return ops.fma(ops.fma(ops.negative(q0), s, x), r, q0)
+
+
+def scale_quotient(ops: Arithmetic, amax: Any) -> Any:
+    """``amax / 448``."""
+    return corrected_quotient(ops, amax, ops.constant(E4M3_MAX, amax), ops.constant(RECIPROCAL_OF_MAX, amax))
+
+
+class _Registers:
+    """On values of MLIR, whose ``mulf`` and ``fma`` become ``mul.rn`` and ``fma.rn`` without flushing to zero."""
+
+    def constant(self, value: float, like: Any) -> Any:
+        return _filled(ir.FloatAttr.get(ir.F32Type.get(), value), like)
+
+    def multiply(self, a: Any, b: Any) -> Any:
+        return arith.mulf(a, b)
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        return mlir_math.fma(a, b, c)
+
+    def negative(self, a: Any) -> Any:
+        return arith.negf(a)
+
+
+def _pointwise(function: Any, layout: Any, *arrays: Array) -> Array:
+    """``function`` of the registers of float32 arrays in ``layout``; those after the first may be scalars."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,) * len(arrays),
+        return_type=plgpu.ShapeDtypeStruct(arrays[0].shape, jnp.float32, layout=layout),
+    )
+    def run(ctx: Any, first: Any, *rest: Any) -> Any:
+        del ctx
+        return first._pointwise(function, *rest)
+
+    return run(*arrays)
+
+
+def scale_in_kernel(amax: Array, layout: Any, power_of_two: bool) -> Array:
+    """``amax / 448`` of an array in ``layout`` or of a scalar, rounded up if asked for; infinity and NaN stay so."""
+    make = _power_of_two_scale if power_of_two else functools.partial(scale_quotient, _Registers())
+    return jnp.where(amax < jnp.inf, _pointwise(make, layout, amax), amax if not power_of_two else jnp.inf)
+
+
+def divide_in_kernel(x: Array, scale: Array, layout: Any, scale_layout: Any, power_of_two: bool) -> Array:
+    """What has the code of ``x / scale``, for ``x`` in ``layout``; one scale for its last dim, or a scalar."""
+
+    def along(value: Array) -> Array:
+        return lax.broadcast_in_dim(value, x.shape, range(value.ndim)) if value.ndim else value
+
+    ops = _Registers()
+    inverse = _pointwise(_reciprocal, scale_layout, scale)
+    if power_of_two:
+        return _pointwise(ops.multiply, layout, x, along(inverse))
+    return _pointwise(functools.partial(corrected_quotient, ops), layout, x, along(scale), along(inverse))
+
+
+def _power_of_two_scale(amax: Any) -> Any:
+    bits = _as_integer(scale_quotient(_Registers(), amax))
+    raised = arith.addi(bits, _integer(0x7FFFFF, bits))
+    return arith.bitcast(amax.type, arith.andi(raised, _integer(0x7F800000, bits)))
+
+
+def _reciprocal(value: Any) -> Any:
+    if not isinstance(value.type, ir.VectorType):
+        return llvm.inline_asm(value.type, [value], "rcp.rn.f32 $0, $1;", "=f,f")
+    (size,) = ir.VectorType(value.type).shape
+    parts = [vector.extract(value, dynamic_position=[], static_position=[i]) for i in range(size)]
+    return vector.from_elements(value.type, [_reciprocal(part) for part in parts])
+
+
+def _as_integer(value: Any) -> Any:
+    i32 = ir.IntegerType.get_signless(32)
+    wide = isinstance(value.type, ir.VectorType)
+    return arith.bitcast(ir.VectorType.get(value.type.shape, i32) if wide else i32, value)
+
+
+def _integer(value: int, like: Any) -> Any:
+    return _filled(ir.IntegerAttr.get(ir.IntegerType.get_signless(32), value), like)
+
+
+def _filled(attribute: Any, like: Any) -> Any:
+    if isinstance(like.type, ir.VectorType):
+        attribute = ir.DenseElementsAttr.get_splat(like.type, attribute)
+    return arith.constant(like.type, attribute)

@@ -1,0 +1,66 @@
+"""The kernels' division in exact arithmetic: its rounding for all significands, its codes next to every boundary."""
+
+import numpy as np
+import pytest
+
+from pallas_kernels.quantize import division
+from pallas_kernels.quantize.reference import E4M3_MAX
+
+STEP = np.float32(2.0**-23)
+
+
+class Exact:
+    """Float32 operations, each rounded once."""
+
+    def constant(self, value, like):
+        return np.full_like(like, value)
+
+    def multiply(self, a, b):
+        return a * b
+
+    def negative(self, a):
+        return -a
+
+    def fma(self, a, b, c):
+        product, c = a.astype(np.float64) * b, c.astype(np.float64)  # 48 bits fit in 53
+        total = product + c
+        virtual = total - product
+        error = (product - (total - virtual)) + (c - virtual)
+        # An inexact sum is moved to the neighbour with an odd last bit, so that rounding it again is not felt.
+        even = (total.view(np.int64) & 1) == 0
+        toward = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
+        return np.where((error != 0) & even, toward, total).astype(np.float32)
+
+
+def all_significands():
+    return (np.arange(1 << 23, dtype=np.uint32) | np.uint32(0x3F800000)).view(np.float32)
+
+
+def true_quotient(x, s):
+    return (x.astype(np.float64) / s).astype(np.float32)
+
+
+def test_the_exact_fma_rounds_once():
+    # In float64 the sum is a tie of float32, and its last bit is lost.
+    a, b, c = np.float32(1 + 2.0**-12), np.float32(1 + 2.0**-12), np.float32(2.0**-60)
+    assert Exact().fma(*(np.full(1, v) for v in (a, b, c)))[0] == np.float32(1 + 2.0**-11 + 2.0**-23)
+    assert Exact().fma(*(np.full(1, v) for v in (a, b, -c)))[0] == np.float32(1 + 2.0**-11)
+
+
+def test_scales_are_correctly_rounded_for_every_significand():
+    amax = all_significands()
+    np.testing.assert_array_equal(division.scale_quotient(Exact(), amax), true_quotient(amax, np.float32(E4M3_MAX)))
+
+
+@pytest.mark.parametrize("sixteenths", range(16, 32))
+def test_quotients_lie_on_the_right_side_of_every_boundary_between_codes(sixteenths):
+    boundary = np.float32(sixteenths / 16)
+    near_one = np.arange(64, dtype=np.float32) * STEP
+    random = 1 + np.random.default_rng(sixteenths).random(1 << 14, np.float32)
+    s = np.concatenate([1 + near_one, 2 - STEP - near_one, random])
+    r = true_quotient(np.ones_like(s), s)
+    middle = (s.astype(np.float64) * (np.float64(boundary) + 2.0**-24)).astype(np.float32)
+    for units in range(-3, 4):
+        x = (middle.view(np.int32) + np.int32(units)).view(np.float32)
+        got, true = division.corrected_quotient(Exact(), x, s, r), true_quotient(x, s)
+        np.testing.assert_array_equal(np.sign(got - boundary), np.sign(true - boundary))
