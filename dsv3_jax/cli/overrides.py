@@ -104,9 +104,10 @@ def parse_words[T](
 
 def _own_options[T](options: type[T], own: Mapping[str, _Flag], values: Mapping[str, Any]) -> T:
     for flag, spec in own.items():
-        if len(spec.path) > 1:
+        name, *inner = spec.path
+        if inner:
             continue
-        (field,) = [item for item in dataclasses.fields(typing.cast(Any, options)) if item.name == spec.path[0]]
+        (field,) = [item for item in dataclasses.fields(typing.cast(Any, options)) if item.name == name]
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and flag not in values:
             raise ConfigError(f"{flag} is missing")

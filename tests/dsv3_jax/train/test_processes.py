@@ -1,5 +1,6 @@
 """Two real processes train, are stopped, killed, and go on as one, through the command line."""
 
+import json
 import os
 import random
 import shutil
@@ -73,53 +74,84 @@ def config(tmp_path_factory):
     )  # fmt: skip
 
 
-class Pair:
-    """Two processes of one job, each with one device."""
+FORKS = """
+import json, os, sys, threading
+import dsv3_jax.train.trainer
+from dsv3_jax.cli.main import main
 
-    def __init__(self, config, out, cache):
+def wait(pid, path):
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with open(path + ".tmp", "w") as stream:
+        stream.write(str(status))
+    os.rename(path + ".tmp", path)
+
+for line in sys.stdin:
+    order = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        os.environ.update(order["environment"])
+        for number, path in enumerate([os.devnull, order["path"] + ".out", order["path"] + ".err"]):
+            os.dup2(os.open(path, os.O_CREAT | (os.O_WRONLY if number else os.O_RDONLY)), number)
+        sys.exit(main(order["argv"]))
+    threading.Thread(target=wait, args=(pid, order["path"] + ".status")).start()
+    print(pid, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forks(compile_cache):
+    """A process that has imported everything and starts nothing, from which the processes of the tests are forked."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": compile_cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", FORKS], env=environment, **pipes) as process:
+        yield process
+
+
+class Pair:
+    """Two processes of one job, each with one device, that run ``dsv3 train``."""
+
+    def __init__(self, config, out, forks):
         with socket.create_server(("127.0.0.1", 0)) as one:
             port = one.getsockname()[1]
         preset = out.with_suffix(".toml")
         preset.write_text(to_toml(config))
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": cache,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
-            "PYTHONPATH": str(ROOT), "DSV3_COORDINATOR": f"localhost:{port}", "DSV3_PROCESSES": "2",
-        }  # fmt: skip
-        command = [sys.executable, "-m", "dsv3_jax.cli.main", "train", str(preset), "--out", str(out)]
-        self.out = out
-        self.processes = [
-            subprocess.Popen(
-                [*command, "--launch.process", str(i)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for i in range(2)
-        ]
+        environment = {"DSV3_COORDINATOR": f"localhost:{port}", "DSV3_PROCESSES": "2"}
+        self.out, self.pids, self.paths = out, [], [f"{out}.{i}" for i in range(2)]
+        for i, path in enumerate(self.paths):
+            argv = ["train", str(preset), "--out", str(out), "--launch.process", str(i)]
+            forks.stdin.write(json.dumps({"argv": argv, "environment": environment, "path": path}) + "\n")
+            forks.stdin.flush()
+            self.pids.append(int(forks.stdout.readline()))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        for process in self.processes:
-            process.kill()
-            process.wait()
+        for pid, path in zip(self.pids, self.paths, strict=True):
+            if not Path(path + ".status").exists():
+                os.kill(pid, signal.SIGKILL)
 
     def reach(self, step):
         """Wait until the metrics of a step are written."""
         deadline = time.monotonic() + PATIENCE
         while not any(record["step"] >= step for record in read_metrics(self.out)):
-            ended = [process for process in self.processes if process.poll() is not None]
-            assert not ended, ended[0].communicate()
+            ended = [Path(path + ".err").read_text() for path in self.paths if Path(path + ".status").exists()]
+            assert not ended, ended
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
     def ends(self):
         """Status, output and errors of each."""
-        told = [process.communicate(timeout=PATIENCE) for process in self.processes]
-        return [(process.returncode, *texts) for process, texts in zip(self.processes, told, strict=True)]
+        deadline = time.monotonic() + PATIENCE
+        while not all(Path(path + ".status").exists() for path in self.paths):
+            assert time.monotonic() < deadline, [Path(path + ".err").read_text() for path in self.paths]
+            time.sleep(0.02)
+        texts = [[Path(path + end).read_text() for end in (".status", ".out", ".err")] for path in self.paths]
+        return [(int(status), printed, errors) for status, printed, errors in texts]
 
 
 def own_lines(errors):
@@ -150,17 +182,18 @@ def losses(config, begun, tmp_path_factory):
 
 
 def test_two_processes_go_on_from_one_and_one_from_two_that_sigterm_to_one_has_stopped_at_one_step(
-    config, begun, tmp_path, compile_cache, losses
+    config, begun, tmp_path, forks, losses
 ):
     out = tmp_path / "run"
     shutil.copytree(begun, out)
-    with Pair(config, out, compile_cache) as pair:
+    with Pair(config, out, forks) as pair:
         pair.reach(6)
-        pair.processes[1].send_signal(signal.SIGTERM)
+        os.kill(pair.pids[1], signal.SIGTERM)
         sent = time.monotonic()
         (status_0, printed_0, errors_0), (status_1, printed_1, errors_1) = pair.ends()
         took = time.monotonic() - sent
     assert (status_0, status_1) == (130, 130), errors_0 + errors_1
+    assert f"going on from {out / 'checkpoints' / '3'}" in printed_0.replace("\n", "")
     step = int(list_checkpoints(out / "checkpoints")[-1].name)
     assert f"stopped after step {step} of 100000 (process 1 of 2 (" in printed_0
     assert "was asked to, and all was saved" in printed_0
@@ -175,18 +208,16 @@ def test_two_processes_go_on_from_one_and_one_from_two_that_sigterm_to_one_has_s
     np.testing.assert_allclose(found, losses(step + 4), rtol=1e-6)
 
 
-def test_the_death_of_process_0_ends_the_other_with_one_line(config, begun, tmp_path, compile_cache, losses):
+def test_the_death_of_process_0_ends_the_other_with_one_line(config, begun, tmp_path, forks, losses):
     out = tmp_path / "run"
     shutil.copytree(begun, out)
-    with Pair(config, out, compile_cache) as pair:
+    with Pair(config, out, forks) as pair:
         pair.reach(8)
-        pair.processes[0].kill()
+        os.kill(pair.pids[0], signal.SIGKILL)
         killed = time.monotonic()
-        pair.processes[1].wait(timeout=PATIENCE)
+        (status_0, _, _), (status_1, _, errors_1) = pair.ends()
         took = time.monotonic() - killed
-        (status_0, printed_0, _), (status_1, _, errors_1) = pair.ends()
     assert status_0 == -signal.SIGKILL
-    assert f"going on from {out / 'checkpoints' / '3'}" in printed_0.replace("\n", "")
     assert status_1 == 1, errors_1
     assert took < 10
     newest = list_checkpoints(out / "checkpoints")[-1]
