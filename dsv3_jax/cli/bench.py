@@ -1,4 +1,4 @@
-"""``dsv3 bench train PRESET``: a training step measured."""
+"""``dsv3 bench train PRESET``: a training step measured; ``dsv3 bench kernels``: the kernels."""
 
 import dataclasses
 import json
@@ -25,10 +25,14 @@ class Options:
 def run(argv: Sequence[str]) -> int:
     """Measure what is asked for; the exit status."""
     words = list(argv)
+    if words and words[0] == "kernels":
+        from dsv3_jax.cli import bench_kernels
+
+        return bench_kernels.run(words[1:])
     if words and words[0] not in ("train", "-h", "--help"):
-        raise ConfigError(f"dsv3 bench {words[0]!r} is not known; there is `dsv3 bench train PRESET`")
+        raise ConfigError(f"dsv3 bench {words[0]!r} is not known; there are `train PRESET` and `kernels`")
     if not words:
-        raise ConfigError("name what to measure, as in `dsv3 bench train bench_3b`")
+        raise ConfigError("name what to measure, as in `dsv3 bench train bench_3b` or `dsv3 bench kernels`")
     description = "Time the training step on random tokens: compile seconds, median step, tokens/s, FLOP/s, memory."
     rest = words[1:] if words[0] == "train" else words
     config, options = parse_config("dsv3 bench train", rest, description, Options)

@@ -29,7 +29,7 @@ STEP = 128
 """Elements of the contraction in one stage: the width of a scale's block, and of the widest swizzle."""
 
 _ROWS = 64
-_COPY_REGISTERS = 40
+_COPY_REGISTERS = 24
 _ROW_SCALES = plgpu.Layout.WGMMA.reduce(1)
 _COLUMN_SCALES = plgpu.Layout.WGMMA.reduce(0)
 
@@ -154,8 +154,11 @@ def _fence_scales() -> None:
 
 
 def _math_registers(warpgroups: int) -> int:
-    """Registers a thread of the multiplying warpgroups may use: what the copying one leaves, in eights."""
-    return min(240, (512 - _COPY_REGISTERS) // warpgroups // 8 * 8)
+    """Registers a thread of the multiplying warpgroups may use: what the copying one leaves, in eights.
+
+    Three warpgroups start with 168 a thread, four with 128; asking for more than their sum would wait for ever.
+    """
+    return min(240, (504 - _COPY_REGISTERS) // warpgroups // 8 * 8)
 
 
 def run(

@@ -14,7 +14,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.fp8_gemm import bench, cases, fp8_gemm, fp8_wgrad, measure, pallas_sm90, reference, tiles
+from pallas_kernels.fp8_gemm import bench, cases, fp8_gemm, fp8_wgrad, measure, pallas_sm90, reference, tiles, timing
 from pallas_kernels.fp8_gemm.product_sm90 import Tiling
 from pallas_kernels.testing import assert_close, calc_diff
 
@@ -32,14 +32,23 @@ def operands_of(case, seed=0):
     return bench.work(case).make(jax.random.key(seed))
 
 
-@pytest.mark.parametrize("tiling", [NARROW, PAIRED, BESIDE], ids=lambda tiling: tiling.name(False))
-def test_products_in_the_interpreter_equal_the_definition_without_a_race(tiling):
-    operands = operands_of(cases.Case("gemm", 136, 160, 384))
+@pytest.mark.parametrize(
+    ("tiling", "shape"),
+    [
+        (PAIRED, (72, 96, 256)),
+        pytest.param(BESIDE, (64, 96, 384), marks=pytest.mark.slow),
+        pytest.param(NARROW, (136, 160, 384), marks=pytest.mark.slow),
+    ],
+    ids=["paired", "beside", "narrow"],
+)
+def test_products_in_the_interpreter_equal_the_definition_without_a_race(tiling, shape):
+    operands = operands_of(cases.Case("gemm", *shape))
     y = jax.block_until_ready(pallas_sm90.gemm(*operands, dtype=jnp.float32, tiling=tiling, **INTERPRET))
     assert not gpu_callbacks.get_races().races_found
     assert_close(y, reference.fp8_gemm(*operands))
 
 
+@pytest.mark.slow
 def test_without_the_fence_the_only_race_found_is_the_scales_overwritten_after_their_read(capfd):
     """The read is over long before the copy: it precedes the product whose end hands the stage back."""
     operands = operands_of(cases.Case("gemm", 64, 64, 384))
@@ -51,18 +60,27 @@ def test_without_the_fence_the_only_race_found_is_the_scales_overwritten_after_t
     assert all("slice(0, 64, 1)" in line and "128" not in line.split("from")[0] for line in accesses)
 
 
+@pytest.mark.slow  # the grouped weight gradient's test runs the same code
 def test_a_weight_gradient_in_the_interpreter_equals_the_definition_without_a_race():
-    operands = operands_of(cases.Case("wgrad", 384, 96, 136))
-    tiling = Tiling(block_n=64, stages=2, unroll=2, fenced=True)
+    operands = operands_of(cases.Case("wgrad", 384, 40, 72))
+    tiling = Tiling(block_n=64, warpgroups=1, stages=2, unroll=2, fenced=True)
     dw = jax.block_until_ready(pallas_sm90.wgrad(*operands, tiling=tiling, **INTERPRET))
     assert not gpu_callbacks.get_races().races_found
     assert_close(dw, reference.fp8_wgrad(*operands))
 
 
 BY_DEFAULT = {bench.work(case).default.name(case.operation == "wgrad"): case for case in cases.BENCHED}
+OF_EACH_KIND = (cases.DENSE[-1], cases.WGRAD[0])
 
 
-@pytest.mark.parametrize("case", BY_DEFAULT.values(), ids=BY_DEFAULT.keys())
+@pytest.mark.parametrize(
+    "case",
+    [
+        *OF_EACH_KIND,
+        *(pytest.param(case, marks=pytest.mark.slow) for case in BY_DEFAULT.values() if case not in OF_EACH_KIND),
+    ],
+    ids=lambda case: case.name,
+)
 def test_every_default_lowers_for_hopper_at_a_benched_shape(case):
     work = bench.work(case)
     operands = jax.eval_shape(work.make, jax.random.key(0))
@@ -109,9 +127,28 @@ def test_what_the_kernel_cannot_do_is_named(monkeypatch, shape, message):
 def test_defaults_fill_shared_memory_and_keep_every_sm_reading():
     for case in cases.DENSE:
         tiling = tiles.gemm(case.rows, case.columns, case.dim_k)
+        assert tiles.rounds(tiling, 1, case.rows, case.columns) * dispatch.HOPPER_SM_COUNT >= 100
         down, across = tiling.grid(case.rows, case.columns)
-        assert down * across >= 100
+        assert down * across * tiling.cluster >= 100
         assert tiling.stages >= 4
+
+
+def test_the_tiling_is_that_with_the_least_cost_of_the_busiest_sm():
+    wide, narrow = Tiling(block_n=192), Tiling(block_n=128)
+    assert tiles.rounds(narrow, 1, 4096, 2112) == 5  # 32 x 17 tiles on 132 SMs
+    assert tiles.rounds(wide, 1, 4096, 2112) == 3
+    assert tiles.tile_columns(wide, 2, 64, 192) == 192
+    assert tiles.cheapest(((narrow, 1.0), (wide, 1.1)), 1, 4096, 2112) == wide  # 640 against 3 * 192 * 1.1
+    assert tiles.cheapest(((narrow, 1.0), (wide, 1.2)), 1, 4096, 2112) == narrow
+
+
+def test_the_sustained_loop_makes_every_call_of_every_turn():
+    sets = [(jnp.full((4, 4), float(i)),) for i in range(3)]
+    outs = [jnp.zeros((4, 4)) for _ in sets]
+    looped, calls = timing.loop(lambda operands, out: out + operands[0], sets, outs, True, 1000.0)
+    assert calls == 3 * 3  # 10 ms at 1.2 ms a call, three to a turn
+    for i, out in enumerate(looped(sets, outs)):
+        np.testing.assert_array_equal(out, 3.0 * i)
 
 
 def test_spills_are_read_from_the_report_of_ptxas():

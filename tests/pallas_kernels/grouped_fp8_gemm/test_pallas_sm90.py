@@ -41,11 +41,19 @@ def operands_of(case, seed=0):
 @pytest.mark.parametrize(
     ("case", "tiling"),
     [
-        (cases.Case("contiguous", (3, 0, 130), 96, 256, spare=1), Tiling(block_n=64, stages=2, unroll=1, fenced=True)),
-        (cases.Case("contiguous", (1, 128), 96, 384), Tiling(64, 2, 2, 2, cluster=2, share="a", fenced=True)),
-        (cases.Case("masked", (3, 0, 70), 48, 256, max_rows=72), Tiling(48, 1, 2, 2, fenced=True)),
-        (cases.Case("masked", (66, 3), 48, 128, max_rows=72), Tiling(48, 1, 2, 1, cluster=2, fenced=True)),
-        (cases.Case("wgrad", (0, 300, 4, 0), 40, 72, spare=1), Tiling(64, 1, 2, 2, fenced=True)),
+        pytest.param(
+            cases.Case("contiguous", (3, 0, 130), 96, 256, spare=1),
+            Tiling(block_n=64, stages=2, unroll=1, fenced=True),
+            marks=pytest.mark.slow,
+        ),
+        (cases.Case("contiguous", (1, 128), 40, 128, spare=1), Tiling(32, 2, 2, 1, cluster=2, share="a", fenced=True)),
+        (cases.Case("masked", (0, 68), 16, 256, max_rows=68), Tiling(16, 1, 2, 2, fenced=True)),
+        pytest.param(
+            cases.Case("masked", (66, 3), 48, 128, max_rows=72),
+            Tiling(48, 1, 2, 1, cluster=2, fenced=True),
+            marks=pytest.mark.slow,
+        ),
+        (cases.Case("wgrad", (0, 260, 4), 40, 64, spare=1), Tiling(64, 1, 2, 1, fenced=True)),
     ],
     ids=lambda value: value.name if isinstance(value, cases.Case) else value.name(False),
 )

@@ -1,0 +1,43 @@
+"""``dsv3 bench kernels``: its table, its refusals, and what becomes of a room that fails."""
+
+import json
+import subprocess
+
+import pytest
+
+from dsv3_jax.cli import bench, bench_kernels
+from dsv3_jax.config import ConfigError
+
+
+def test_without_hopper_it_is_one_line():
+    with pytest.raises(ConfigError, match="needs an NVIDIA Hopper GPU: the default backend is 'cpu'"):
+        bench.run(["kernels"])
+
+
+def test_an_unknown_room_is_named_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"--only names 'gem'; the rooms are quantize, .*permute"):
+        bench.run(["kernels", "--only", "gem"])
+
+
+def test_rooms_rows_are_gathered_and_one_that_fails_is_a_row(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_kernels, "_obstacle", lambda: None)
+    rows = [
+        {"case": "gemm/1/2/3", "tiling": "fp8_n128", "us": 5.0, "tflops": 700.0, "gbs": 90.0, "sustained_us": 6.0}
+        | {"sustained_tflops": 600.0, "calc_diff": 1e-6, "sustained_to_xla": 1.5}
+    ]
+
+    def bench_of(command, **how):
+        assert how["timeout"] == 90.0
+        if "pallas_kernels.permute.bench" in command:
+            raise subprocess.TimeoutExpired(command, 90)
+        with open(command[command.index("--json") + 1], "w", encoding="utf-8") as file:
+            json.dump(rows, file)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(bench_kernels.subprocess, "run", bench_of)
+    out = tmp_path / "all.json"
+    assert bench.run(["kernels", "--only", "fp8_gemm,permute", "--json", str(out)]) == 1
+    printed = capsys.readouterr().out
+    for word in ("gemm/1/2/3", "5.0", "700", "6.0", "600", "1.0e-06", "1.50", "stopped after 90 s"):
+        assert word in printed
+    assert [row["room"] for row in json.loads(out.read_text())] == ["fp8_gemm", "permute"]
