@@ -2,18 +2,20 @@
 
     python -m pallas_kernels.swiglu_quantize.bench [--json FILE] [--quick] [--case NAME ...] [--seconds LIMIT] [--tune]
 
-GB/s counts what must be read and written once.
+GB/s counts what must be read and written once. "xla, then both" is XLA's backward and the quantizer's own kernel.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from pallas_kernels import memory_bench
-from pallas_kernels.quantize.reference import TILE
+from pallas_kernels.quantize import pallas_sm90 as quantizer
+from pallas_kernels.quantize.reference import TILE, Tiles
 from pallas_kernels.quantize.tile_loop import Tiling
-from pallas_kernels.swiglu_quantize import cases, pallas_sm90, reference
+from pallas_kernels.swiglu_quantize import backward_sm90, cases, pallas_sm90, reference
 
 
 def run(bench: memory_bench.MemoryBench, case: cases.Case, tune: bool) -> None:
@@ -32,6 +34,25 @@ def run(bench: memory_bench.MemoryBench, case: cases.Case, tune: bool) -> None:
     moved = (2 + 2 + 4 + 1) * dout.size + 3 * 4 * dout.size // TILE
     inputs = (expected[1], dout)
     bench.measure(case.name, "swiglu_backward", "xla", reference.swiglu_backward, inputs, moved_bytes=moved)
+    run_backward(bench, case, inputs, tune)
+
+
+def run_backward(bench: memory_bench.MemoryBench, case: cases.Case, inputs: tuple[Tiles, Array], tune: bool) -> None:
+    """The backward that quantizes what it writes."""
+    moved = 9 * inputs[1].size + (2 + 2 + 2 + 1) * 4 * inputs[1].size // TILE
+    name = "backward_quantize"
+    measure = functools.partial(bench.measure, case.name, name, arguments=inputs, moved_bytes=moved)
+    expected = jax.jit(reference.swiglu_backward_quantize)(*inputs)
+    baseline = measure("xla", reference.swiglu_backward_quantize)
+    measure("xla, then both", _in_two_steps, against=baseline)
+    for chunk in (16, 8) if tune else (16,):
+        kernel = functools.partial(backward_sm90.swiglu_backward_quantize, chunk=chunk)
+        measure(f"pallas c{chunk}", kernel, expected=expected, against=baseline, sustained=chunk == 16)
+
+
+def _in_two_steps(stored: Tiles, dout: Array) -> tuple[tuple[Tiles, Tiles], Tiles]:
+    dgate_up, out = jax.lax.optimization_barrier(reference.swiglu_backward(stored, dout))
+    return quantizer.quantize_both(dgate_up), out
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
+from pallas_kernels.quantize import pallas_sm90 as quantizer
 from pallas_kernels.quantize.reference import Tiles
-from pallas_kernels.swiglu_quantize import pallas_sm90, reference
+from pallas_kernels.swiglu_quantize import backward_sm90, pallas_sm90, reference
 
 
 def swiglu_quantize(
@@ -57,6 +58,35 @@ def swiglu_backward(
         weight gradient of the down projection contracts.
     """
     return reference.swiglu_backward(stored, dout_MI, power_of_two)
+
+
+def swiglu_backward_quantize(
+    stored: Tiles,
+    dout_MI: Float[Array, "M I"],
+    *,
+    power_of_two: bool = False,
+    implementation: dispatch.Implementation = "auto",
+) -> tuple[Tiles, Tiles, Tiles]:
+    """:func:`swiglu_backward` with all that it writes quantized, which is all that the three products after it read.
+
+    The Hopper kernel takes bfloat16 or float16 with M and I multiples of 128; ``auto`` falls back to XLA elsewhere.
+
+    Args:
+        stored: the second result of :func:`swiglu_quantize`.
+        dout_MI: gradient of the output.
+        power_of_two: round scales up to powers of two.
+        implementation: ``"xla"``, ``"pallas"`` (Hopper) or ``"auto"``.
+
+    Returns:
+        The gradient of ``gate_up``, rounded to the dtype of ``dout_MI`` first, in 1 x 128 tiles, ``q [M, 2 I]``, and in
+        128 x 1 tiles, ``q [2 I, M]``; the output again in 128 x 1 tiles, ``q [I, M]``.
+
+    Raises:
+        ValueError: the implementation asked for cannot run.
+    """
+    chosen = dispatch.choose("swiglu_backward_quantize", implementation, {"pallas": quantizer.obstacle(dout_MI)})
+    module = backward_sm90 if chosen == "pallas" else reference
+    return module.swiglu_backward_quantize(stored, dout_MI, power_of_two)
 
 
 def swiglu_with_gradient(

@@ -35,4 +35,13 @@ def swiglu_backward(
     dgate_MI = dout32_MI * up_MI * sigmoid_MI * (1 + gate_MI * (1 - sigmoid_MI))
     dup_MI = dout32_MI * gate_MI * sigmoid_MI
     out = quantizer.quantize_columns(swiglu(gate_up_MF, dtype), power_of_two)
-    return jnp.concatenate([dgate_MI, dup_MI], axis=1).astype(dtype), out
+    dgate_up_MF = round_to(jnp.concatenate([dgate_MI, dup_MI], axis=1), dtype)
+    return dgate_up_MF.astype(dtype), out
+
+
+def swiglu_backward_quantize(
+    stored: Tiles, dout_MI: Float[Array, "M I"], power_of_two: bool = False
+) -> tuple[Tiles, Tiles, Tiles]:
+    """Row-wise tiles of the gradient of ``gate_up``, its 128 x 1 tiles, and those of the output computed again."""
+    dgate_up_MF, out = swiglu_backward(stored, dout_MI, power_of_two)
+    return *quantizer.quantize_both(dgate_up_MF, power_of_two), out

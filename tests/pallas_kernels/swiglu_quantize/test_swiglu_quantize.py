@@ -13,10 +13,12 @@ from pallas_kernels import dispatch
 from pallas_kernels.quantize import dequantize_rows, quantize_columns, quantize_rows
 from pallas_kernels.quantize.tile_loop import Tiling
 from pallas_kernels.swiglu_quantize import (
+    backward_sm90,
     cases,
     pallas_sm90,
     reference,
     swiglu_backward,
+    swiglu_backward_quantize,
     swiglu_quantize,
     swiglu_with_gradient,
 )
@@ -28,14 +30,19 @@ def plain(gate_up):
     return gate / (1 + jnp.exp(-gate)) * up
 
 
+def check_tiles_nearly_equal(tiles, wanted):
+    """Equal but where another exponential rounded the result otherwise: rarely, and then to a neighbour."""
+    assert_close(tiles.scale, wanted.scale, tolerance=1e-3)
+    codes, wanted_codes = (np.asarray(t.q).view(np.uint8).astype(int) for t in (tiles, wanted))
+    assert np.abs(codes - wanted_codes).max() <= 1
+    assert (codes != wanted_codes).mean() < 2e-3
+
+
 def check_nearly_equal(got, expected):
-    """Equal but where another exponential rounded the output otherwise: rarely, and then to a neighbour."""
-    for tiles, wanted in zip(got, expected, strict=True):
-        assert_close(tiles.scale, wanted.scale, tolerance=1e-3)
-        codes, wanted_codes = (np.asarray(t.q).view(np.uint8).astype(int) for t in (tiles, wanted))
-        assert np.abs(codes - wanted_codes).max() <= 1
-        assert (codes != wanted_codes).mean() < 2e-3
-    np.testing.assert_array_equal(got[1].q, expected[1].q)
+    """The output's tiles nearly, those of the input exactly."""
+    check_tiles_nearly_equal(got[0], expected[0])
+    for a, b in zip(got[1], expected[1], strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("case", [cases.SMALL[0], *cases.EDGES], ids=lambda case: case.name)
@@ -79,6 +86,16 @@ def test_the_kernel_in_the_interpreter_equals_the_definition_without_a_race():
     params = plgpu.InterpretGPUParams(detect_races=True)
     got = jax.block_until_ready(pallas_sm90.swiglu_quantize(gate_up, tiling=Tiling(rows=16), interpret=params))
     check_nearly_equal(got, jax.jit(reference.swiglu_quantize)(gate_up))
+    assert not gpu_callbacks.get_races().races_found
+
+
+def test_the_backward_kernel_in_the_interpreter_equals_the_definition_without_a_race():
+    stored = jax.jit(quantize_rows)(jnp.asarray(cases.SMALL[1].array(), jnp.bfloat16))
+    dout = jnp.asarray(cases.SMALL[1].array(1)[:, :128], jnp.bfloat16)
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    got = jax.block_until_ready(backward_sm90.swiglu_backward_quantize(stored, dout, chunk=32, interpret=params))
+    for tiles, wanted in zip(got, jax.jit(swiglu_backward_quantize)(stored, dout), strict=True):
+        check_tiles_nearly_equal(tiles, wanted)
     assert not gpu_callbacks.get_races().races_found
 
 
