@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from dsv3_jax.config import Config
@@ -23,7 +23,7 @@ class Layout:
         ValueError: the mesh does not fit the model; one line.
     """
 
-    def __init__(self, config: Config, mesh: Mesh):
+    def __init__(self, config: Config, mesh: Mesh | AbstractMesh):
         self.mesh, self._sizes = mesh, dict(mesh.shape)
         params = split_model(abstract_model(config.model)).params
         self.whole: Tree = _map(lambda path, leaf: model_spec(path, leaf.shape, self._sizes), params)

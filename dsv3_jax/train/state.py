@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.model import DeepSeekV3, Tree, abstract_model, merge_model, split_model
@@ -56,7 +56,7 @@ def init_state(config: Config, mesh: Mesh | None = None) -> TrainState:
     return jax.jit(lambda: _create(config), out_shardings=shardings)()
 
 
-def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
+def abstract_state(config: Config, mesh: Mesh | AbstractMesh | None = None) -> TrainState:
     """:func:`init_state`'s shapes, dtypes and shardings, nothing allocated.
 
     Raises:
@@ -70,7 +70,7 @@ def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
     )
 
 
-def config_layout(config: Config, mesh: Mesh) -> Layout:
+def config_layout(config: Config, mesh: Mesh | AbstractMesh) -> Layout:
     """Where the state of ``config`` lies on ``mesh``.
 
     Raises:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int32
 
@@ -48,7 +48,7 @@ class TrainStep:
     host numbers ``lr``, ``tokens``, ``step``.
     """
 
-    def __init__(self, config: Config, mesh: Mesh | None = None):
+    def __init__(self, config: Config, mesh: Mesh | AbstractMesh | None = None):
         self.config = config
         self.mesh = mesh or config_mesh(config)
         self.lanes = int(np.prod([self.mesh.shape[axis] for axis in BATCH_AXES]))
