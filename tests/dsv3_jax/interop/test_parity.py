@@ -2,7 +2,7 @@
 prediction layer's too, and greedy continuations.
 
 Greedy continuations are read off one forward pass of ours over prompt and continuation, each token of which must be
-the best after those before it; ``generate`` with its cache does two of them.
+the best after those before it; ``generate`` with its cache does one of them.
 """
 
 from typing import NamedTuple
@@ -28,6 +28,8 @@ LOGITS = 1e-5
 """Largest difference of float32 logits."""
 NOISE = 1e-4
 """A greedy step whose best two logits are nearer than this could be decided by rounding."""
+WRITTEN_BACK = 4
+"""Greedy tokens of folders that we wrote of their models: the logits are equal to the bit."""
 
 
 class Answers(NamedTuple):
@@ -48,7 +50,10 @@ def ours(model, asked):
     length = asked["tokens"].shape[1]
     continued = np.concatenate([asked["prompt"], asked["greedy"]], axis=1)
     rows = [np.pad(part, ((0, 0), (0, length + 1 - part.shape[1]))) for part in (asked["tokens"], continued)]
-    main, ahead = _forward(nnx.split(model), jnp.asarray(np.concatenate(rows), jnp.int32))
+    graph, state = nnx.split(model)
+    # Arrays that were made and arrays that were put on a device would be two programs.
+    state = jax.device_put(state, jax.devices()[0])
+    main, ahead = _forward((graph, state), jnp.asarray(np.concatenate(rows), jnp.int32))
     count, first = asked["tokens"].shape[0], asked["prompt"].shape[1] - 1
     best = np.asarray(main[count:, first : first + asked["greedy"].shape[1]]).argmax(-1)
     mtp = np.asarray(ahead[0][:count, : length - 1]) if ahead else None
@@ -104,9 +109,8 @@ def returned(oracle, hf_families, made_once):
         for name, family in hf_families.items():
             model, config, _ = from_pretrained(family.folder)
             save_pretrained(model, config, base / name, dtype="fp32")
-            jobs.append(
-                {"do": "read", "folder": base / name, "tokens": family.answers_file, "out": base / f"{name}.npz"}
-            )
+            job = {"do": "read", "folder": base / name, "tokens": family.answers_file, "out": base / f"{name}.npz"}
+            jobs.append(job | {"greedy": WRITTEN_BACK})
         for name in ("v3", "v3_mtp"):
             jobs += [
                 {"do": "safetensors_dump", "folder": hf_families[name].folder, "out": base / f"{name}.theirs.npz"},
@@ -142,8 +146,9 @@ def test_what_they_write_we_read(name, hf_families):
 def test_what_we_write_of_theirs_they_read_as_their_own(name, hf_families, returned):
     theirs, again = hf_families[name].answers, answers.load(returned / f"{name}.npz")
     assert again.keys() == theirs.keys()
-    for key in theirs:
+    for key in {"logits", "mtp_logits"} & theirs.keys():
         np.testing.assert_array_equal(again[key], theirs[key], err_msg=key)
+    np.testing.assert_array_equal(again["greedy"], theirs["greedy"][:, :WRITTEN_BACK])
 
 
 @pytest.mark.parametrize("name", ["v3", "v3_mtp"])
@@ -175,7 +180,7 @@ def test_torch_opens_our_state_dict_and_finds_every_tensor_to_the_bit(returned):
     assert {tensor.dtype for tensor in opened.values()} == {"float8_e4m3fn", "bfloat16", "float32"}
 
 
-@pytest.mark.parametrize("name", ["v2_lite", "dense_gqa"])
+@pytest.mark.parametrize("name", ["v3_ungrouped"])
 def test_generation_continues_as_theirs(name, hf_families):
     asked = hf_families[name].answers
     model = from_pretrained(hf_families[name].folder).model
