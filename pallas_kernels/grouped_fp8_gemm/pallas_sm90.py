@@ -155,7 +155,9 @@ def wgrad(
     tiling = tiling or tiles.grouped_wgrad(num_groups, rows, columns)
     grid = tiling.grid(rows, columns)
     groups = jnp.arange(num_groups + 1, dtype=group_of_block.dtype)
-    first_block = jnp.minimum(jnp.searchsorted(group_of_block, groups).astype(jnp.int32), num_blocks)
+    # Not by bisection: a loop, each turn of which is a kernel of its own.
+    starts = jnp.searchsorted(group_of_block, groups, method="compare_all").astype(jnp.int32)
+    first_block = jnp.minimum(starts, num_blocks)
 
     def locate(index: Any, x_ref: Any, dy_ref: Any, sx_ref: Any, sdy_ref: Any, first_ref: Any, out_ref: Any) -> Tile:
         group = lax.div(index, math.prod(grid))
