@@ -6,6 +6,8 @@ The user's own settings win: a flag that XLA_FLAGS names already, or a variable 
 from collections.abc import MutableMapping
 from typing import NamedTuple
 
+from sharding.launch.devices import count_gpus
+
 _MIB = 1 << 20
 
 
@@ -60,9 +62,9 @@ def apply_gpu_flags(environment: MutableMapping[str, str], devices: int) -> list
 
     Args:
         environment: ``os.environ``.
-        devices: of the run's mesh; a single one has no collectives, and nothing is set.
+        devices: of the run's mesh; a single one has no collectives, and nothing is set. Nor is it without GPUs.
     """
-    if devices < 2:
+    if devices < 2 or not count_gpus(environment):
         return []
     given = environment.get("XLA_FLAGS", "")
     named = {word.lstrip("-").partition("=")[0] for word in given.split()}

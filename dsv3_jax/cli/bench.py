@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsv3_jax.cli.overrides import parse_config
 from dsv3_jax.config import ConfigError
+from sharding.flags import apply_gpu_flags
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ def run(argv: Sequence[str]) -> int:
     config, options = parse_config("dsv3 bench train", rest, description, Options)
     if options.steps < 1 or options.warmup < 1:
         raise ConfigError(f"--steps = {options.steps} and --warmup = {options.warmup} must be at least 1")
+    apply_gpu_flags(os.environ, config.mesh.pipe * config.mesh.expert * config.mesh.data)
     import jax
 
     from dsv3_jax.train.bench import bench_step

@@ -10,7 +10,6 @@ from dsv3_jax.cli.overrides import parse_config
 from dsv3_jax.config import ConfigError
 from sharding.flags import apply_gpu_flags
 from sharding.launch import Launch, LaunchError, joined, leave
-from sharding.launch.devices import count_gpus
 
 _MISTAKE = 2
 
@@ -31,8 +30,7 @@ def run(argv: Sequence[str]) -> int:
     config, options = parse_config("dsv3 train", argv, description, Options)
     if not options.out:
         raise ConfigError("--out is missing: name the run's folder, as in `dsv3 train tiny --out runs/tiny`")
-    if count_gpus(os.environ):
-        apply_gpu_flags(os.environ, config.mesh.pipe * config.mesh.expert * config.mesh.data)
+    apply_gpu_flags(os.environ, config.mesh.pipe * config.mesh.expert * config.mesh.data)
     # JAX and all above it take seconds to import: mistakes on the command line are told before.
     from dsv3_jax.checkpoint import CheckpointError
     from dsv3_jax.train.trainer import FAILED, INTERRUPTED, RunError, train

@@ -4,18 +4,24 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from sharding.flags import ENVIRONMENT, XLA, apply_gpu_flags
 
 
-def test_one_device_needs_none():
-    environment = {}
-    assert apply_gpu_flags(environment, 1) == []
-    assert environment == {}
+GPUS = {"CUDA_VISIBLE_DEVICES": "0,1", "JAX_PLATFORMS": "cuda"}
+
+
+@pytest.mark.parametrize(("environment", "devices"), [(GPUS, 1), (GPUS | {"JAX_PLATFORMS": "cpu"}, 2)])
+def test_one_device_needs_none_nor_do_processors(environment, devices):
+    changed = dict(environment)
+    assert apply_gpu_flags(changed, devices) == []
+    assert changed == environment
 
 
 def test_the_users_own_settings_win():
     own = "--xla_gpu_enable_latency_hiding_scheduler=false --xla_dump_to=/tmp/x"
-    environment = {"XLA_FLAGS": own, "NCCL_NVLS_ENABLE": "1"}
+    environment = GPUS | {"XLA_FLAGS": own, "NCCL_NVLS_ENABLE": "1"}
     names = apply_gpu_flags(environment, 2)
     assert environment["NCCL_NVLS_ENABLE"] == "1"
     assert environment["XLA_FLAGS"].startswith(own + " --xla_gpu_all_gather_combine_threshold_bytes=134217728")
@@ -32,8 +38,10 @@ def test_every_setting_has_a_reason():
 
 def test_xla_knows_every_flag():
     """It ends a process at the first one that it does not know."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    apply_gpu_flags(environment, 2)
+    environment = os.environ | GPUS | {"XLA_FLAGS": ""}
+    assert len(apply_gpu_flags(environment, 2)) >= len(XLA)
     code = "import jax; print(len(jax.devices()))"
-    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stderr
