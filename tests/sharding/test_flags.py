@@ -8,7 +8,6 @@ import pytest
 
 from sharding.flags import ENVIRONMENT, XLA, apply_gpu_flags
 
-
 GPUS = {"CUDA_VISIBLE_DEVICES": "0,1", "JAX_PLATFORMS": "cuda"}
 
 
