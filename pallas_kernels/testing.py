@@ -2,6 +2,10 @@
 
 import logging
 import math
+import os
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -85,6 +89,26 @@ def _sub_jaxprs(params: dict[str, Any]) -> list[Any]:
         for leaf in leaves
         if isinstance(leaf, jax_core.ClosedJaxpr | jax_core.Jaxpr)
     ]
+
+
+def spilled_bytes(program: str) -> list[int]:
+    """Bytes of register spills, stores and loads, of each Mosaic GPU kernel that a Python program compiles.
+
+    The program runs in its own process, on the GPU, for the compiler's report goes straight to the standard output.
+
+    Raises:
+        RuntimeError: the program failed.
+    """
+    environment = os.environ | {
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "JAX_ENABLE_COMPILATION_CACHE": "0",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    pairs = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stdout + done.stderr)
+    return [int(stores) + int(loads) for stores, loads in pairs]
 
 
 def median_microseconds(function: Callable[..., Any], *arguments: Any, repeats: int = 20, warmup: int = 2) -> float:

@@ -32,10 +32,6 @@ class Exact:
         return np.where((error != 0) & even, toward, total).astype(np.float32)
 
 
-def all_significands():
-    return (np.arange(1 << 23, dtype=np.uint32) | np.uint32(0x3F800000)).view(np.float32)
-
-
 def true_quotient(x, s):
     return (x.astype(np.float64) / s).astype(np.float32)
 
@@ -48,8 +44,9 @@ def test_the_exact_fma_rounds_once():
 
 
 def test_scales_are_correctly_rounded_for_every_significand():
-    amax = all_significands()
-    np.testing.assert_array_equal(division.scale_quotient(Exact(), amax), true_quotient(amax, np.float32(E4M3_MAX)))
+    for first in range(0, 1 << 23, 1 << 16):
+        amax = (np.arange(first, first + (1 << 16), dtype=np.uint32) | np.uint32(0x3F800000)).view(np.float32)
+        np.testing.assert_array_equal(division.scale_quotient(Exact(), amax), true_quotient(amax, np.float32(E4M3_MAX)))
 
 
 @pytest.mark.parametrize("sixteenths", range(16, 32))

@@ -9,6 +9,9 @@ import pytest
 from pallas_kernels.quantize import reference
 
 F8 = ml_dtypes.float8_e4m3fn
+quantize_rows = jax.jit(reference.quantize_rows, static_argnums=1)
+quantize_columns = jax.jit(reference.quantize_columns, static_argnums=1)
+requantize_columns = jax.jit(reference.requantize_columns, static_argnums=2)
 
 
 def numpy_tile(x, power_of_two=False):
@@ -56,7 +59,7 @@ def spec_tile():
 )
 def test_the_tile_of_the_specification(power_of_two, scale, values, codes, error):
     x = jnp.asarray(spec_tile()[None], jnp.float32)
-    q, s = reference.quantize_rows(x, power_of_two)
+    q, s = quantize_rows(x, power_of_two)
     assert float(s[0, 0]) == pytest.approx(scale, rel=1e-8)
     np.testing.assert_array_equal(q[0, :8].astype(jnp.float32), values)
     np.testing.assert_array_equal(np.asarray(q)[0, :8].view(np.uint8), codes)
@@ -104,7 +107,7 @@ def test_blocks_equal_numpy_and_their_transpose(shape, power_of_two):
         expected_q, expected_scale = numpy_tile(w[block], power_of_two)
         same(np.ascontiguousarray(np.asarray(q)[block]), expected_q)
         assert np.asarray(scale)[index] == expected_scale
-    q_t, scale_t = reference.quantize_blocks(jnp.asarray(w).mT, power_of_two)
+    q_t, scale_t = jax.jit(reference.quantize_blocks, static_argnums=1)(jnp.asarray(w).mT, power_of_two)
     same(q_t.mT, q)
     same(scale_t.mT, scale)
     x = np.asarray(reference.dequantize_blocks(q, scale))
@@ -119,7 +122,7 @@ def test_powers_of_two_round_up_and_stay_where_they_are_exact():
 
 def test_zero_and_tiny_tiles_take_the_floor_and_constant_tiles_the_top_code():
     x = jnp.stack([jnp.zeros(128), jnp.full(128, 1e-41), jnp.full(128, 3e-5), jnp.full(128, -7.0)])
-    q, scale = reference.quantize_rows(x)
+    q, scale = quantize_rows(x)
     floor = np.float32(1e-4) / np.float32(448)
     np.testing.assert_array_equal(scale[0, :3], floor)
     np.testing.assert_array_equal(q[:2].astype(jnp.float32), 0.0)
@@ -143,11 +146,11 @@ def test_what_is_not_finite_spoils_its_tile_alone_and_makes_no_nan_code(bad):
 
 def test_round_trip_error_is_at_most_a_sixteenth_and_an_outlier_damages_only_its_tile():
     x = jnp.asarray(np.random.default_rng(1).standard_normal((8, 512)), jnp.float32)
-    q, scale = reference.quantize_rows(x)
+    q, scale = quantize_rows(x)
     back = reference.dequantize_rows(q, scale)
     normal = np.abs(np.asarray(q, np.float32)) >= 2.0**-6
     assert (np.abs(back - x) <= 2.0**-4 * np.abs(x))[normal].all()
-    spoiled = reference.dequantize_rows(*reference.quantize_rows(x.at[0, 5].set(1e6)))
+    spoiled = reference.dequantize_rows(*quantize_rows(x.at[0, 5].set(1e6)))
     differs = np.asarray(spoiled != back)
     assert differs[0, :128].any()
     assert not differs[0, 128:].any()
@@ -156,22 +159,22 @@ def test_round_trip_error_is_at_most_a_sixteenth_and_an_outlier_damages_only_its
 
 def test_dequantizing_what_was_quantized_with_powers_of_two_is_exact_the_second_time():
     x = jnp.asarray(rows_of_all_magnitudes())
-    once = reference.dequantize_rows(*reference.quantize_rows(x, True))
-    np.testing.assert_array_equal(reference.dequantize_rows(*reference.quantize_rows(once, True)), once)
+    once = reference.dequantize_rows(*quantize_rows(x, True))
+    np.testing.assert_array_equal(reference.dequantize_rows(*quantize_rows(once, True)), once)
 
 
 def test_requantizing_between_powers_of_two_is_exact_but_for_subnormals():
     x = jnp.asarray(np.random.default_rng(2).standard_normal((256, 128)) * 2.0 ** (np.arange(256)[:, None] % 7))
-    stored = reference.quantize_rows(x.astype(jnp.float32), True)
+    stored = quantize_rows(x.astype(jnp.float32), True)
     before = np.asarray(reference.dequantize_rows(*stored))
-    moved = reference.requantize_columns(*stored, power_of_two=True)
+    moved = requantize_columns(*stored, True)
     assert moved.q.shape == (128, 256)
     assert moved.scale.shape == (2, 128)
     after = np.asarray(reference.dequantize_rows(*moved)).T
     normal = np.abs(before) >= 2.0**-6 * np.repeat(np.asarray(moved.scale), 128, axis=0)
     assert normal.mean() > 0.5
     np.testing.assert_array_equal(after[normal], before[normal])
-    unequal = reference.requantize_columns(*reference.quantize_rows(x.astype(jnp.float32)))
-    again = reference.quantize_columns(reference.dequantize_rows(*reference.quantize_rows(x.astype(jnp.float32))))
+    unequal = requantize_columns(*quantize_rows(x.astype(jnp.float32)))
+    again = quantize_columns(reference.dequantize_rows(*quantize_rows(x.astype(jnp.float32))))
     same(unequal.q, again.q)
     same(unequal.scale, again.scale)
