@@ -24,7 +24,7 @@ def fp8_gemm(
     The forward product, and the input gradient with the output's gradient as ``q_MK`` and a transposed copy of the
     weights. It has no gradient of its own.
 
-    The Hopper kernel takes K in multiples of 128, M in multiples of 4 and N in multiples of 8; ``auto`` falls back to
+    The Hopper kernel takes K in multiples of 128, M and N in multiples of 8; ``auto`` falls back to
     XLA elsewhere.
 
     Args:
@@ -64,7 +64,7 @@ def fp8_wgrad(
 ) -> Float[Array, "K N"]:
     """``dw = x.T @ dy`` over M tokens, of operands quantized in 128x1 tiles and laid out tokens last (spec 11.1).
 
-    The Hopper kernel takes M in multiples of 128, K and N in multiples of 4; ``auto`` falls back to XLA elsewhere.
+    The Hopper kernel takes M in multiples of 128, K and N in multiples of 8; ``auto`` falls back to XLA elsewhere.
 
     Args:
         x_KM: e4m3fn inputs, transposed.

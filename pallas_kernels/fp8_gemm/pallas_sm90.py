@@ -13,14 +13,14 @@ from pallas_kernels.fp8_gemm import tiles
 from pallas_kernels.fp8_gemm.product_sm90 import STEP, Tile, Tiling, run, tile_index
 
 
-def operand_obstacle(rows: int, columns: int, contraction: int, out_bytes: int) -> str | None:
-    """Says what of a product's sizes the copy engine or the steps of 128 do not allow, or None."""
+def operand_obstacle(rows: int, columns: int, contraction: int) -> str | None:
+    """Says what of a product's sizes the copy engine's tiles of 8 rows or the steps of 128 do not allow, or None."""
     if contraction % STEP:
         return f"the contraction must be a multiple of {STEP}, got {contraction}"
-    if rows % 4:
-        return f"the rows must be a multiple of 4, got {rows}"
-    if columns * out_bytes % 16 or columns % 4:
-        return f"the columns must be a multiple of {max(4, 16 // out_bytes)}, got {columns}"
+    if rows % 8:
+        return f"the rows must be a multiple of 8, got {rows}"
+    if columns % 8:
+        return f"the columns must be a multiple of 8, got {columns}"
     return None
 
 
@@ -30,12 +30,12 @@ def gemm_obstacle(q_MK: Array, w_NK: Array, dtype: Any) -> str | None:
         return why
     if jnp.dtype(dtype).name not in ("bfloat16", "float32"):
         return f"the result must be bfloat16 or float32, got {jnp.dtype(dtype).name}"
-    return operand_obstacle(q_MK.shape[0], w_NK.shape[0], q_MK.shape[1], jnp.dtype(dtype).itemsize)
+    return operand_obstacle(q_MK.shape[0], w_NK.shape[0], q_MK.shape[1])
 
 
 def wgrad_obstacle(x_KM: Array, dy_NM: Array) -> str | None:
     """Says why the kernel cannot compute ``fp8_wgrad``, or None where it can."""
-    return dispatch.hopper_obstacle() or operand_obstacle(x_KM.shape[0], dy_NM.shape[0], x_KM.shape[1], 4)
+    return dispatch.hopper_obstacle() or operand_obstacle(x_KM.shape[0], dy_NM.shape[0], x_KM.shape[1])
 
 
 def gemm(

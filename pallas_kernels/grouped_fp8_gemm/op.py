@@ -69,7 +69,7 @@ def masked_fp8_gemm(
 ) -> Float[Array, "G M N"]:
     """``y[g] = x[g] @ w[g].T`` for the first ``counts_G[g]`` of each group's rows, as decoding has them.
 
-    The Hopper kernel takes K in multiples of 128, M in multiples of 4 and N in multiples of 8; ``auto`` falls back to
+    The Hopper kernel takes K in multiples of 128, M and N in multiples of 8; ``auto`` falls back to
     XLA elsewhere. It has no gradient.
 
     Args:
@@ -113,7 +113,7 @@ def grouped_fp8_wgrad(
 ) -> Float[Array, "G K N"]:
     """``dw[g] = x.T @ dy`` over the tokens of group g, of operands quantized in 128x1 tiles and laid out tokens last.
 
-    The Hopper kernel takes K and N in multiples of 4; ``auto`` falls back to XLA elsewhere.
+    The Hopper kernel takes K and N in multiples of 8; ``auto`` falls back to XLA elsewhere.
 
     Args:
         x_KM: e4m3fn inputs, transposed; M is sorted by group, each group's part whole blocks of 128.

@@ -20,12 +20,12 @@ def gemm_obstacle(q: Array, w_GNK: Array, dtype: Any) -> str | None:
         return why
     if jnp.dtype(dtype).name not in ("bfloat16", "float32"):
         return f"the result must be bfloat16 or float32, got {jnp.dtype(dtype).name}"
-    return operand_obstacle(q.shape[-2], w_GNK.shape[1], q.shape[-1], jnp.dtype(dtype).itemsize)
+    return operand_obstacle(q.shape[-2], w_GNK.shape[1], q.shape[-1])
 
 
 def wgrad_obstacle(x_KM: Array, dy_NM: Array) -> str | None:
     """Says why the kernel cannot compute ``grouped_fp8_wgrad``, or None where it can."""
-    return dispatch.hopper_obstacle() or operand_obstacle(x_KM.shape[0], dy_NM.shape[0], x_KM.shape[1], 4)
+    return dispatch.hopper_obstacle() or operand_obstacle(x_KM.shape[0], dy_NM.shape[0], x_KM.shape[1])
 
 
 def gemm(

@@ -70,7 +70,7 @@ def test_a_weight_gradient_in_the_interpreter_equals_the_definition_without_a_ra
 
 
 BY_DEFAULT = {bench.work(case).default.name(case.operation == "wgrad"): case for case in cases.BENCHED}
-OF_EACH_KIND = (cases.DENSE[-1], cases.WGRAD[0])
+OF_EACH_KIND = (cases.DENSE[-1], cases.WGRAD[0], cases.ODD[1], cases.ODD[2])
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_the_public_functions_lower_to_the_kernels_inside_shard_map(monkeypatch)
     ("shape", "message"),
     [
         ((8, 16, 200), "the contraction must be a multiple of 128, got 200"),
-        ((6, 16, 128), "the rows must be a multiple of 4, got 6"),
+        ((12, 16, 128), "the rows must be a multiple of 8, got 12"),
         ((8, 20, 128), "the columns must be a multiple of 8, got 20"),
     ],
 )

@@ -47,7 +47,7 @@ def operands_of(case, seed=0):
             marks=pytest.mark.slow,
         ),
         (cases.Case("contiguous", (1, 128), 40, 128, spare=1), Tiling(32, 2, 2, 1, cluster=2, share="a", fenced=True)),
-        (cases.Case("masked", (0, 68), 16, 256, max_rows=68), Tiling(16, 1, 2, 2, fenced=True)),
+        (cases.Case("masked", (0, 66), 16, 256, max_rows=72), Tiling(16, 1, 2, 2, fenced=True)),
         pytest.param(
             cases.Case("masked", (66, 3), 48, 128, max_rows=72),
             Tiling(48, 1, 2, 1, cluster=2, fenced=True),
