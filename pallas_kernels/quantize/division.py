@@ -6,8 +6,9 @@ reciprocal ``r`` of ``s``, is corrected by its exact remainder, ``q = q0 + (x - 
 - ``amax / 448`` is the correctly rounded quotient (tested for all significands);
 - ``e4m3(q)`` is ``e4m3`` of the correctly rounded ``x / s``. They could differ only where ``q`` and that lie on two
   sides of a boundary ``m`` between codes, so where ``x / s`` is nearly ``m`` plus half a unit. There ``q0`` is ``m`` or
-  the next number, as ``|q0 - x / s|`` is below ``(1 + m) / 2`` units or one, and with it ``q`` is correctly rounded
-  (P. Markstein, IBM J. Res. Dev. 34, 1990, theorem 7.2).
+  the next number, for it is less than a unit off, or, where the significand of ``x`` is below that of ``s``, less than
+  the quotient of the two plus a half, which is at most 31/32 + 1/2; and from there ``q`` is correctly rounded
+  (P. Markstein, IBM J. Res. Dev. 34, 1990).
 
 The sequences are written over an ``Arithmetic``, so that a test can run them in exact numbers.
 """
