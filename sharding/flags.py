@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 from sharding.launch.devices import count_gpus
 
-_MIB = 1 << 20
-
 
 class Setting(NamedTuple):
     """One setting, and why."""
@@ -26,22 +24,6 @@ XLA = (
         "Starts a collective early and ends it late, with computation between: of an all_to_all beside ten independent "
         "products on two H200, 50 to 63% of the shorter one's time was hidden.",
     ),
-    Setting(
-        "xla_gpu_all_gather_combine_threshold_bytes",
-        str(128 * _MIB),
-        "ZeRO-1 gathers every weight by itself; small ones travel together (JAX's guide to GPU performance names this "
-        "size for transformers). Larger ones would need buffers of their size a second time.",
-    ),
-    Setting(
-        "xla_gpu_reduce_scatter_combine_threshold_bytes",
-        str(128 * _MIB),
-        "The same for their gradients.",
-    ),
-    Setting(
-        "xla_gpu_all_reduce_combine_threshold_bytes",
-        str(128 * _MIB),
-        "The same for what is not shared out: norms, losses, expert counts.",
-    ),
 )
 """Flags of XLA_FLAGS. Tried without gain on two H200, and left alone: command buffers off, symmetric buffers (the
 exchange alone became slower), ``parallel_collective_overlap_limit = 4``."""
@@ -50,8 +32,7 @@ ENVIRONMENT = (
     Setting(
         "NCCL_NVLS_ENABLE",
         "0",
-        "NVLink multicast reserves memory for every communicator and serves reductions alone, not the all_to_all that "
-        "expert parallelism waits for; all that docs/performance.md reports was measured without.",
+        "Every figure of docs/performance.md was measured without NVLink multicast.",
     ),
 )
 """Variables that libraries under XLA read."""

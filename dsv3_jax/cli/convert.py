@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from dsv3_jax.cli.main import DONE, FAILURE
@@ -51,31 +50,23 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError(f"--threads = {options.threads} must not be negative")
     # JAX takes seconds to import: mistakes on the command line are told before.
     from dsv3_jax.checkpoint import CheckpointError
-    from dsv3_jax.interop.convert import Options as Conversion
     from dsv3_jax.interop.convert import convert
-    from dsv3_jax.interop.opened import kind_of
 
-    source, target = map(Path, words)
-    to = options.to if options.to != "auto" else "orbax" if kind_of(source) == "hf" else "hf"
-    conversion = Conversion(
-        to=to,
-        dtype=options.dtype,
-        buffer_bytes=options.buffer_mb * 2**20,
-        threads=options.threads,
-        shard_bytes=int(options.shard_gb * 1e9),
-        verify=options.verify,
-        force=options.force,
-    )
     began = time.perf_counter()
     with _Bars() as bars:
         try:
             report = convert(
-                source,
-                target,
-                conversion,
+                *words,
+                to=options.to,
+                dtype=options.dtype,
                 step=None if options.step == -1 else options.step,
                 weights=options.weights,
                 allow_pickle=options.allow_pickle,
+                verify=options.verify,
+                force=options.force,
+                buffer_bytes=options.buffer_mb * 2**20,
+                threads=options.threads,
+                shard_bytes=int(options.shard_gb * 1e9),
                 progress=bars.show,
             )
         except CheckpointError as error:

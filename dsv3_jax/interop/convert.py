@@ -18,9 +18,9 @@ from dsv3_jax.interop.checkpoint_choice import Weights
 from dsv3_jax.interop.folder_files import tokenizer_texts, write_texts
 from dsv3_jax.interop.hf_config import WeightsDtype, to_hf
 from dsv3_jax.interop.names import leaf_shapes, scale_leaf_shapes
-from dsv3_jax.interop.opened import Opened, open_weights
+from dsv3_jax.interop.opened import Opened, kind_of, open_weights
 from dsv3_jax.interop.safetensors_file import HFFolder, ShardWriter
-from dsv3_jax.interop.shard_plan import ShardPlan
+from dsv3_jax.interop.shard_plan import MAX_SHARD_BYTES, ShardPlan
 from dsv3_jax.interop.sink import (
     ArraySink,
     Dtype,
@@ -54,20 +54,15 @@ MANIFEST = "conversion.json"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a conversion is done; what is not given has the defaults of ``dsv3 convert``."""
+    """How a conversion is done: the arguments of :func:`convert` that say so."""
 
     to: Layout
     dtype: Dtype = "keep"
     buffer_bytes: int = 256 * 2**20
-    """Memory for all slices on their way."""
     threads: int = 0
-    """Slices at a time; 0 takes the cores. Never more than the buffer holds."""
-    shard_bytes: int = 5 * 10**9
-    """Largest file of a Hugging Face folder; a tensor is never split."""
+    shard_bytes: int = MAX_SHARD_BYTES
     verify: bool = False
-    """Read everything back and compare."""
     force: bool = False
-    """Replace what is at the destination."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,26 +80,40 @@ class Report:
 def convert(
     src: str | Path,
     dst: str | Path,
-    options: Options,
     *,
+    to: Layout | Literal["auto"] = "auto",
+    dtype: Dtype = "keep",
     step: int | None = None,
     weights: Weights = "params",
     allow_pickle: bool = False,
+    verify: bool = False,
+    force: bool = False,
+    buffer_bytes: int = 256 * 2**20,
+    threads: int = 0,
+    shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[Phase, int, int], None] = lambda phase, done, total: None,
 ) -> Report:
     """Write the weights of ``src`` as a new folder ``dst``.
 
-    Memory is ``options.buffer_bytes`` beside what Python and JAX need, whatever the size of the model or of a tensor.
+    Memory is ``buffer_bytes`` beside what Python and JAX need, whatever the size of the model or of a tensor.
     The folder is made under a hidden name beside ``dst`` and renamed when it is complete; a conversion that was
     stopped goes on when the same call is made again.
 
     Args:
         src: Hugging Face folder, run folder of ``dsv3 train``, or one checkpoint of it.
         dst: the new folder.
-        options: layout, type, memory.
+        to: ``hf`` sharded safetensors, ``orbax`` a checkpoint of ours, ``torch`` files for ``torch.load``; ``auto``
+            makes a checkpoint of a Hugging Face folder and a Hugging Face folder of a checkpoint.
+        dtype: ``keep`` changes no bit; ``fp8`` is the release's: matrices of FP8 Linears in blocks of 128 x 128, the
+            rest in bfloat16.
         step: of a run, the checkpoint; None is the newest.
         weights: of a run, which copy of the weights.
         allow_pickle: read PyTorch's files (nothing in them is run).
+        verify: read everything back and compare.
+        force: replace the weights that are at ``dst``.
+        buffer_bytes: memory for all slices on their way.
+        threads: slices at a time, never more than the buffer holds; 0 takes the cores.
+        shard_bytes: largest file of a Hugging Face folder; a tensor is never split.
         progress: called with the phase, the bytes done and the bytes in all.
 
     Raises:
@@ -112,9 +121,12 @@ def convert(
         WeightsError: tensors that are missing, unexpected, damaged or read back different.
     """
     source, final = Path(src), Path(dst)
-    check_destination(final, options.force)
-    cache = options.buffer_bytes // 4
-    with open_weights(source, step=step, weights=weights, allow_pickle=allow_pickle, cache_bytes=cache) as opened:
+    check_destination(final, force)
+    if to == "auto":
+        to = "orbax" if kind_of(source) == "hf" else "hf"
+    options = Options(to, dtype, buffer_bytes, threads, shard_bytes, verify, force)
+    opening = open_weights(source, step=step, weights=weights, allow_pickle=allow_pickle, cache_bytes=buffer_bytes // 4)
+    with opening as opened:
         return write_weights(opened, final, options, progress)
 
 

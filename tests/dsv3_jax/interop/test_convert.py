@@ -16,7 +16,7 @@ import pytest
 from dsv3_jax.config import ConfigError, replace
 from dsv3_jax.interop import convert as module
 from dsv3_jax.interop.block_fp8 import dequantize
-from dsv3_jax.interop.convert import MANIFEST, Options, convert
+from dsv3_jax.interop.convert import MANIFEST, convert
 from dsv3_jax.interop.names import leaf_shapes, scale_leaf_shapes, tensors
 from dsv3_jax.interop.pretrained import from_pretrained, load_into
 from dsv3_jax.interop.source import HFSource, TreeSource
@@ -44,29 +44,29 @@ def state_of(folder):
 @pytest.mark.usefixtures("small_slices")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_out_to_a_checkpoint_and_back_changes_no_byte_of_any_file(dtype, ragged, tmp_path):
-    convert(ragged / dtype, tmp_path / "ours", Options(to="orbax", verify=True))
-    convert(tmp_path / "ours", tmp_path / "back", Options(to="hf", verify=True))
+    convert(ragged / dtype, tmp_path / "ours", to="orbax", verify=True)
+    convert(tmp_path / "ours", tmp_path / "back", to="hf", verify=True)
     assert contents(tmp_path / "back") == contents(ragged / dtype)
 
 
 @pytest.mark.usefixtures("small_slices")
 def test_through_pytorchs_files_and_shards_changes_no_byte(ragged, tmp_path):
-    convert(ragged / "fp8", tmp_path / "torch", Options(to="torch", shard_bytes=10**6, verify=True))
+    convert(ragged / "fp8", tmp_path / "torch", to="torch", shard_bytes=10**6, verify=True)
     assert len(list((tmp_path / "torch").glob("*.bin"))) > 2
-    convert(tmp_path / "torch", tmp_path / "ours", Options(to="orbax"), allow_pickle=True)
-    convert(tmp_path / "ours", tmp_path / "back", Options(to="hf"))
+    convert(tmp_path / "torch", tmp_path / "ours", to="orbax", allow_pickle=True)
+    convert(tmp_path / "ours", tmp_path / "back", to="hf")
     assert contents(tmp_path / "back") == contents(ragged / "fp8")
 
 
 @pytest.mark.usefixtures("small_slices")
 def test_one_thread_and_a_small_buffer_write_the_same_bytes(ragged, tmp_path):
     for name, options in (("a", {"threads": 4}), ("b", {"threads": 1, "buffer_bytes": 2**20})):
-        convert(ragged / "fp32", tmp_path / name, Options(to="hf", dtype="fp8", shard_bytes=10**6, **options))
+        convert(ragged / "fp32", tmp_path / name, to="hf", dtype="fp8", shard_bytes=10**6, **options)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_fp8_is_kept_as_arrays_of_values_and_of_scales(ragged, ragged_config, tmp_path):
-    convert(ragged / "fp8", tmp_path / "ours", Options(to="orbax"))
+    convert(ragged / "fp8", tmp_path / "ours", to="orbax")
     arrays = ocp.PyTreeCheckpointer().restore(state_of(tmp_path / "ours"))
     model, there = ragged_config.model, read_all(ragged / "fp8")
     shapes = leaf_shapes(model) | scale_leaf_shapes(model)
@@ -82,7 +82,7 @@ def test_fp8_is_kept_as_arrays_of_values_and_of_scales(ragged, ragged_config, tm
 
 @pytest.mark.usefixtures("small_slices")
 def test_plain_orbax_opens_what_was_cut_into_chunks(ragged, tmp_path):
-    convert(ragged / "fp32", tmp_path / "ours", Options(to="orbax"))
+    convert(ragged / "fp32", tmp_path / "ours", to="orbax")
     found = ocp.PyTreeCheckpointer().restore(state_of(tmp_path / "ours"))
     parts = split_model(from_pretrained(ragged / "fp32").model)
     wanted = jax.tree_util.tree_leaves_with_path({"params": parts.params, "router_bias": parts.router_bias})
@@ -93,8 +93,8 @@ def test_plain_orbax_opens_what_was_cut_into_chunks(ragged, tmp_path):
 
 def test_a_llama_folder_with_tied_embeddings_goes_through_a_checkpoint(hf_families, tmp_path):
     folder = hf_families["dense_tied"].folder
-    convert(folder, tmp_path / "ours", Options(to="orbax", verify=True))
-    convert(tmp_path / "ours", tmp_path / "back", Options(to="hf", verify=True))
+    convert(folder, tmp_path / "ours", to="orbax", verify=True)
+    convert(tmp_path / "ours", tmp_path / "back", to="hf", verify=True)
     back, there = read_all(tmp_path / "back"), read_all(folder)
     there.pop("lm_head.weight", None)
     assert back.keys() == there.keys()
@@ -106,7 +106,7 @@ def test_a_llama_folder_with_tied_embeddings_goes_through_a_checkpoint(hf_famili
 def test_float16_becomes_float32(ragged, tmp_path):
     halves = {name: value.astype(F16) for name, value in read_all(ragged / "fp32").items()}
     folder = write_all(tmp_path / "half", halves, config_of(ragged / "fp32"))
-    convert(folder, tmp_path / "out", Options(to="hf", verify=True))
+    convert(folder, tmp_path / "out", to="hf", verify=True)
     for name, value in read_all(tmp_path / "out").items():
         same_bits(value, halves[name].astype(F32))
 
@@ -117,8 +117,8 @@ def test_float16_becomes_float32(ragged, tmp_path):
 @pytest.fixture(scope="module")
 def quantized(ragged, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized")
-    convert(ragged / "bf16", folder / "fp8", Options(to="hf", dtype="fp8"))
-    convert(folder / "fp8", folder / "bf16", Options(to="hf", dtype="bf16"))
+    convert(ragged / "bf16", folder / "fp8", to="hf", dtype="fp8")
+    convert(folder / "fp8", folder / "bf16", to="hf", dtype="bf16")
     return read_all(ragged / "bf16"), read_all(folder / "fp8"), read_all(folder / "bf16"), folder
 
 
@@ -164,7 +164,7 @@ def test_what_fp8_cannot_hold_is_named(ragged, tmp_path):
     there["model.layers.1.mlp.experts.2.up_proj.weight"][7, 5] = np.nan
     folder = write_all(tmp_path / "nan", there, config_of(ragged / "fp32"))
     with pytest.raises(WeightsError, match=r"^model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight cannot .* FP8"):
-        convert(folder, tmp_path / "out", Options(to="hf", dtype="fp8"))
+        convert(folder, tmp_path / "out", to="hf", dtype="fp8")
     assert not (tmp_path / "out").exists()
 
 
@@ -184,7 +184,7 @@ def run(tmp_path_factory, saved_run, run_config, tokenizer):
 )
 def test_a_run_goes_out_with_the_weights_asked_for(choice, seed, run, drawn_parts, tmp_path):
     folder, config = run
-    convert(folder, tmp_path / "out", Options(to="hf", verify=True), **choice)
+    convert(folder, tmp_path / "out", to="hf", verify=True, **choice)
     biases = drawn_parts(config.model, 30 if seed == 31 else seed).router_bias
     wanted = {"params": drawn_parts(config.model, seed).params, "router_bias": biases}
     paths = jax.tree_util.tree_leaves_with_path(wanted)
@@ -201,14 +201,14 @@ def test_a_run_goes_out_with_the_weights_asked_for(choice, seed, run, drawn_part
 def test_choices_of_a_run_mean_nothing_for_a_folder_of_theirs(ragged, tmp_path):
     for choice in ({"step": 3}, {"weights": "ema"}):
         with pytest.raises(ConfigError, match="--step and --weights are for runs"):
-            convert(ragged / "bf16", tmp_path / "out", Options(to="orbax"), **choice)
+            convert(ragged / "bf16", tmp_path / "out", to="orbax", **choice)
 
 
 @pytest.mark.parametrize("kind", ["hf", "orbax"])
 def test_training_begins_with_what_was_converted(kind, ragged, ragged_config, tmp_path):
     source = ragged / "fp32"
     if kind == "orbax":
-        source = convert(source, tmp_path / "ours", Options(to="orbax")).path
+        source = convert(source, tmp_path / "ours", to="orbax").path
     parts = split_model(abstract_model(ragged_config.model))
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[1])
     abstract = jax.tree.map(
@@ -239,8 +239,8 @@ def test_copies_that_differ_are_refused_by_name(name, ragged, tmp_path):
     there[name][299, 199] += 1
     folder = write_all(tmp_path / "odd", there, config_of(ragged / "bf16"))
     with pytest.raises(WeightsError, match=f"^{name} differs from (model.embed_tokens|lm_head).weight: "):
-        convert(folder, tmp_path / "out", Options(to="orbax"))
-    convert(folder, tmp_path / "same", Options(to="hf"))
+        convert(folder, tmp_path / "out", to="orbax")
+    convert(folder, tmp_path / "same", to="hf")
     same_bits(read_all(tmp_path / "same")[name], there[name])
 
 
@@ -249,8 +249,8 @@ def test_copies_may_be_left_out(ragged, tmp_path):
     for name in ("model.layers.3.embed_tokens.weight", "model.layers.3.shared_head.head.weight"):
         del there[name]
     folder = write_all(tmp_path / "few", there, config_of(ragged / "bf16"))
-    convert(folder, tmp_path / "ours", Options(to="orbax"))
-    convert(tmp_path / "ours", tmp_path / "back", Options(to="hf"))
+    convert(folder, tmp_path / "ours", to="orbax")
+    convert(tmp_path / "ours", tmp_path / "back", to="hf")
     assert weights(tmp_path / "back") == weights(ragged / "bf16")
 
 
@@ -286,16 +286,16 @@ def rows_read(monkeypatch):
 @pytest.mark.usefixtures("small_slices")
 @pytest.mark.parametrize("to", ["hf", "orbax", "torch"])
 def test_a_stopped_conversion_goes_on_where_it_was(to, ragged, tmp_path, rows_read):
-    options = Options(to=to, dtype="fp8", threads=1, shard_bytes=10**6)
-    whole = convert(ragged / "fp32", tmp_path / "whole", options)
+    options = {"to": to, "dtype": "fp8", "threads": 1, "shard_bytes": 10**6}
+    whole = convert(ragged / "fp32", tmp_path / "whole", **options)
     once = rows_read[0]
     for share in (0.3, 0.6):
         with pytest.raises(Stopped):
-            convert(ragged / "fp32", tmp_path / "parts", options, progress=stop_after(share))
+            convert(ragged / "fp32", tmp_path / "parts", **options, progress=stop_after(share))
     assert not (tmp_path / "parts").exists()
     rows_read[0] = 0
     seen = []
-    report = convert(ragged / "fp32", tmp_path / "parts", options, progress=lambda *told: seen.append(told))
+    report = convert(ragged / "fp32", tmp_path / "parts", **options, progress=lambda *told: seen.append(told))
     assert 0.6 * whole.nbytes <= report.resumed_bytes < whole.nbytes
     assert seen[0] == ("convert", report.resumed_bytes, whole.nbytes)
     assert seen[-1] == ("convert", whole.nbytes, whole.nbytes)
@@ -311,12 +311,12 @@ def test_a_stopped_conversion_goes_on_where_it_was(to, ragged, tmp_path, rows_re
 KILLED = """
 import os, signal, sys
 from dsv3_jax.interop import sink, transfer
-from dsv3_jax.interop.convert import Options, convert
+from dsv3_jax.interop.convert import convert
 transfer.CHUNK_ELEMENTS = sink.CHUNK_ELEMENTS = 2**14
 def progress(phase, done, total):
     if done > total / 2:
         os.kill(os.getpid(), signal.SIGKILL)
-convert(sys.argv[1], sys.argv[2], Options(to="hf", dtype="bf16", shard_bytes=10**6, threads=2), progress=progress)
+convert(sys.argv[1], sys.argv[2], to="hf", dtype="bf16", shard_bytes=10**6, threads=2, progress=progress)
 """
 
 
@@ -325,10 +325,10 @@ def test_a_killed_process_leaves_what_the_next_one_goes_on_with(ragged, tmp_path
     command = [sys.executable, "-c", KILLED, str(ragged / "fp32"), str(tmp_path / "out")]
     killed = subprocess.run(command, cwd=answers.ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False)
     assert killed.returncode == -signal.SIGKILL
-    options = Options(to="hf", dtype="bf16", shard_bytes=10**6)
-    report = convert(ragged / "fp32", tmp_path / "out", options)
+    options = {"to": "hf", "dtype": "bf16", "shard_bytes": 10**6}
+    report = convert(ragged / "fp32", tmp_path / "out", **options)
     assert 0.4 * report.nbytes < report.resumed_bytes < report.nbytes
-    convert(ragged / "fp32", tmp_path / "whole", options)
+    convert(ragged / "fp32", tmp_path / "whole", **options)
     assert contents(tmp_path / "out", []) == contents(tmp_path / "whole", [])
 
 
@@ -337,24 +337,24 @@ def test_another_type_or_a_changed_source_starts_over(ragged, tmp_path):
     out = tmp_path / "out"
     for share in (0.5, 0.5):
         with pytest.raises(Stopped):
-            convert(source, out, Options(to="hf", dtype="bf16", threads=1), progress=stop_after(share))
-    assert convert(source, out, Options(to="hf", dtype="fp8")).resumed_bytes == 0
+            convert(source, out, to="hf", dtype="bf16", threads=1, progress=stop_after(share))
+    assert convert(source, out, to="hf", dtype="fp8").resumed_bytes == 0
     with pytest.raises(Stopped):
-        convert(source, tmp_path / "b", Options(to="hf", threads=1), progress=stop_after(0.5))
+        convert(source, tmp_path / "b", to="hf", threads=1, progress=stop_after(0.5))
     os.utime(source / "model.safetensors", (1, 1))
-    assert convert(source, tmp_path / "b", Options(to="hf")).resumed_bytes == 0
+    assert convert(source, tmp_path / "b", to="hf").resumed_bytes == 0
 
 
 def test_a_line_half_written_to_the_journal_is_done_again(ragged, tmp_path):
-    options = Options(to="hf", dtype="bf16", threads=1)
+    options = {"to": "hf", "dtype": "bf16", "threads": 1}
     with pytest.raises(Stopped):
-        convert(ragged / "fp32", tmp_path / "out", options, progress=stop_after(0.5))
+        convert(ragged / "fp32", tmp_path / "out", **options, progress=stop_after(0.5))
     journal = tmp_path / ".out.converting" / "journal.txt"
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines)[:-3])
-    report = convert(ragged / "fp32", tmp_path / "out", options)
+    report = convert(ragged / "fp32", tmp_path / "out", **options)
     assert report.resumed_bytes > 0
-    same = convert(ragged / "fp32", tmp_path / "whole", options).path
+    same = convert(ragged / "fp32", tmp_path / "whole", **options).path
     assert contents(tmp_path / "out", []) == contents(same, [])
 
 
@@ -362,30 +362,30 @@ def test_a_line_half_written_to_the_journal_is_done_again(ragged, tmp_path):
 
 
 def test_what_is_there_is_replaced_only_when_told_and_only_if_it_is_weights(ragged, tmp_path):
-    out, options = tmp_path / "out", Options(to="hf", dtype="bf16")
-    convert(ragged / "fp32", out, options)
+    out, options = tmp_path / "out", {"to": "hf", "dtype": "bf16"}
+    convert(ragged / "fp32", out, **options)
     before = contents(out, [])
     with pytest.raises(ConfigError, match=r"out exists: .*--force"):
-        convert(ragged / "fp8", out, Options(to="hf"))
+        convert(ragged / "fp8", out, to="hf")
     assert contents(out, []) == before
     (out / "stale.safetensors").write_bytes(b"old")
-    convert(ragged / "fp8", out, Options(to="hf", force=True))
+    convert(ragged / "fp8", out, to="hf", force=True)
     assert weights(out) == weights(ragged / "fp8")
     home = tmp_path / "home"
     home.mkdir()
     (home / "letters.txt").write_text("dear")
     with pytest.raises(ConfigError, match="holds no weights, so --force does not replace it"):
-        convert(ragged / "fp8", home, Options(to="hf", force=True))
+        convert(ragged / "fp8", home, to="hf", force=True)
     assert [path.name for path in home.iterdir()] == ["letters.txt"]
     with pytest.raises(ConfigError, match="nowhere does not exist: make it first"):
-        convert(ragged / "fp8", tmp_path / "nowhere" / "out", Options(to="hf"))
+        convert(ragged / "fp8", tmp_path / "nowhere" / "out", to="hf")
 
 
 def test_a_failure_leaves_what_was_there(ragged, tmp_path):
-    out = convert(ragged / "bf16", tmp_path / "out", Options(to="hf")).path
+    out = convert(ragged / "bf16", tmp_path / "out", to="hf").path
     before = contents(out, [])
     with pytest.raises(Stopped):
-        convert(ragged / "fp8", out, Options(to="hf", force=True, threads=1), progress=stop_after(0.9))
+        convert(ragged / "fp8", out, to="hf", force=True, threads=1, progress=stop_after(0.9))
     assert contents(out, []) == before
 
 
@@ -405,12 +405,12 @@ def test_a_bit_that_changes_on_the_disk_is_found(to, ragged, tmp_path, monkeypat
         file.write_bytes(data)
         return compare(units, *rest, **options)
 
-    convert(ragged / "fp8", tmp_path / "good", Options(to=to, verify=True))
+    convert(ragged / "fp8", tmp_path / "good", to=to, verify=True)
     monkeypatch.setattr(module, "compare", flipped)
     with pytest.raises(WeightsError, match=r"^read back and different: [a-z_.0-9]+; convert again"):
-        convert(ragged / "fp8", tmp_path / "out", Options(to=to, verify=True))
+        convert(ragged / "fp8", tmp_path / "out", to=to, verify=True)
     assert not (tmp_path / "out").exists()
-    convert(ragged / "fp8", tmp_path / "out", Options(to=to))
+    convert(ragged / "fp8", tmp_path / "out", to=to)
 
 
 def test_the_manifest_has_the_checksum_of_every_tensor(quantized):
