@@ -3,6 +3,8 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -63,8 +65,8 @@ def _forward(
     source: Array, tiles: Tiles, gate_up: FP8Weight, down: FP8Weight, groups: Groups | None
 ) -> tuple[Array, _Kept]:
     hidden_MF = gemm(tiles, gate_up.forward, groups, source.dtype)[:, : gate_up.shape[-1]]
-    # Both forms: the first is what a recomputed down product reads, the second what the backward keeps.
-    activated, stored = checkpoint_name(swiglu_quantize(hidden_MF), "gate_up")
+    # The first is what a recomputed down product reads, the second what the backward keeps.
+    activated, stored = (_named(tiles, "gate_up") for tiles in swiglu_quantize(hidden_MF))
     y_MD = gemm(activated, down.forward, groups, source.dtype)
     kept = _Kept(tiles, stored, groups, gate_up.backward, down.backward)
     return trim(y_MD, source.shape[:-1], down.shape[-1]), kept
@@ -85,3 +87,13 @@ def _backward(kept: _Kept, dy: Array) -> tuple[Array, None, FP8Weight, FP8Weight
 
 
 _network.defvjp(_forward, _backward)
+
+
+def _named(tiles: Tiles, name: str) -> Tiles:
+    """``tiles`` under a name that a policy of recomputation may save.
+
+    The codes go as bits: JAX rounds what it saves by the exponent and mantissa of its dtype, which takes e4m3fn's
+    values above 240 for infinities.
+    """
+    bits = checkpoint_name(lax.bitcast_convert_type(tiles.q, jnp.uint8), name)
+    return Tiles(lax.bitcast_convert_type(bits, jnp.float8_e4m3fn), checkpoint_name(tiles.scale, name))
