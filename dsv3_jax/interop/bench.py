@@ -2,7 +2,7 @@
 ``python -m dsv3_jax.interop.bench FOLDER``.
 
 A folder of V3's layer shapes with fewer layers is written with random numbers, copied plainly, and converted both ways
-by the command a user would type, each in a process of its own whose peak memory the kernel reports.
+by the command a user would type, each in a process of its own whose peak memory the kernel tells.
 """
 
 import argparse
@@ -79,16 +79,28 @@ def measure(what: str, command: Sequence[str], nbytes: int, kill_after: float = 
     _drop_caches()
     began = time.perf_counter()
     process = subprocess.Popen(command)
-    if kill_after:
-        time.sleep(kill_after)
-        process.send_signal(signal.SIGKILL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status and not kill_after:
-        raise SystemExit(f"{' '.join(command)} ended with status {status}")
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, _peak_bytes(process.pid))
+        if kill_after and time.perf_counter() - began > kill_after:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        time.sleep(0.05)
     seconds = time.perf_counter() - began
-    row = Measured(what, seconds, usage.ru_maxrss * 1024 / 1e9, nbytes / seconds / 1e6)
+    if process.returncode and not kill_after:
+        raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
+    row = Measured(what, seconds, peak / 1e9, nbytes / seconds / 1e6)
     print(f"{row.what:<44} {row.seconds:7.1f} s {row.mb_per_s:7.0f} MB/s  peak {row.peak_gb:.2f} GB", flush=True)
     return row
+
+
+def _peak_bytes(process: int) -> int:
+    """The most that a process has had resident, by the kernel."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:  # it has just ended
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def _drop_caches() -> None:
