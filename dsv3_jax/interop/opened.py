@@ -43,7 +43,7 @@ class Opened:
     texts: Mapping[str, str]
     """Tokenizer and what else lies beside the weights, by file name."""
     identity: str
-    """Changes when the files do."""
+    """Changes when the files do, or what is read of them."""
 
     @property
     def model(self) -> ModelConfig:
@@ -143,7 +143,7 @@ def _open_orbax(path: Path, weights: Weights, cache_bytes: int) -> Opened:
     info = read_info(path)
     wanted = tensors(config.model)
     chunks = {t.leaf: arrays.chunk_shape(source.place(t.leaf))[-1 if t.transposed else len(t.index)] for t in wanted}
-    texts, identity = carry_texts(path), _identity(path)
+    texts, identity = carry_texts(path), f"{weights} {_identity(path)}"
     return Opened(path, "orbax", source, wanted, config, info.step, info.tokens, chunks, texts, identity)
 
 
