@@ -1,4 +1,4 @@
-"""``dsv3 bench train PRESET``: a training step measured; ``dsv3 bench kernels``: the kernels."""
+"""``dsv3 bench train PRESET``: a training step measured; ``precision PRESET``: losses compared; ``kernels``."""
 
 import dataclasses
 import json
@@ -31,8 +31,14 @@ def run(argv: Sequence[str]) -> int:
         from dsv3_jax.cli import bench_kernels
 
         return bench_kernels.run(words[1:])
+    if words and words[0] == "precision":
+        from dsv3_jax.cli import bench_precision
+
+        return bench_precision.run(words[1:])
     if words and words[0] not in ("train", "-h", "--help"):
-        raise ConfigError(f"dsv3 bench {words[0]!r} is not known; there are `train PRESET` and `kernels`")
+        raise ConfigError(
+            f"dsv3 bench {words[0]!r} is not known; there are `train PRESET`, `precision PRESET` and `kernels`"
+        )
     if not words:
         raise ConfigError("name what to measure, as in `dsv3 bench train bench_3b` or `dsv3 bench kernels`")
     description = "Time the training step on random tokens: compile seconds, median step, tokens/s, FLOP/s, memory."

@@ -222,3 +222,41 @@ def _violation_figure(
     _steps_axis(axes, records[-1]["step"])
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
+
+
+def write_precision_plot(
+    path: Path,
+    curves: Mapping[str, Float[np.ndarray, " steps"]],
+    relative: Mapping[str, Float[np.ndarray, " steps"]],
+    limit: float,
+) -> None:
+    """Smoothed losses of runs that differ in precision, and how far each is from the first.
+
+    Args:
+        path: of the PNG file.
+        curves: smoothed loss of each step by precision.
+        relative: relative difference of each but the first from the first.
+        limit: the largest that is wanted, drawn as a band.
+    """
+    colors = dict(zip(curves, (_INK, _SECOND, _MAIN, _THIRD), strict=False))
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9.5, 5.6), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[1.5, 1])
+        for name, line in curves.items():
+            upper.plot(range(1, len(line) + 1), line, color=colors[name], linewidth=1.2, label=name)
+        upper.set_title("Training loss by precision, same seed and data, EMA(0.9)")
+        upper.set_ylabel("nats per token")
+        upper.legend()
+        steps = max(map(len, curves.values()))
+        for name, line in relative.items():
+            lower.plot(range(1, steps + 1), 100 * line, color=colors[name], linewidth=1.0, label=name)
+        lower.axhspan(-100 * limit, 100 * limit, color=_GOOD, alpha=0.15, linewidth=0, label=f"{100 * limit:g}%")
+        half = np.abs(np.concatenate([100 * line[steps // 2 :] for line in relative.values()] or [np.zeros(1)]))
+        reach = 1.5 * max(float(half.max()), 100 * limit)
+        lower.set_ylim(-reach, reach)
+        lower.axvline(steps / 2, color="#888888", linewidth=0.8, linestyle=":")
+        lower.set_title(f"Difference from {next(iter(curves))}; the last half counts")
+        lower.set_ylabel("%")
+        lower.legend()
+        _steps_axis(lower, steps)
+        figure.savefig(path, bbox_inches="tight", facecolor="white")

@@ -1,0 +1,131 @@
+"""The same run in several precisions, step by step on the same data: how far their losses lie apart (spec 11.5)."""
+
+import dataclasses
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from dsv3_jax.config import Config, replace
+from dsv3_jax.data import Data, prepare_data
+from dsv3_jax.train import schedule
+from dsv3_jax.train.plots import write_precision_plot
+from dsv3_jax.train.state import config_mesh, init_state
+from dsv3_jax.train.step import make_eval_step, make_train_step
+from dsv3_jax.train.trainer import without_padding
+
+EMA = 0.9
+"""Coefficient of the average that losses are smoothed by before they are compared."""
+
+LIMIT = 0.0025
+"""Largest relative difference that FP8 training shall show."""
+
+_IN_FLIGHT = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionRun:
+    """One precision's run."""
+
+    precision: str
+    losses: list[float]
+    """Main cross entropy of each step, nats."""
+    val_loss: float | None
+    """Nats per token of the validation rows after the last step; None without them."""
+    tokens_per_second: float
+    """From the second step to the last."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Runs in the order asked for, each compared with the first over the last half of the steps."""
+
+    preset: str
+    device: str
+    jax: str
+    steps: int
+    tokens_per_step: int
+    runs: list[PrecisionRun]
+    differences: dict[str, dict[str, float]]
+    """By precision: ``max``, ``mean`` of the magnitude and ``signed_mean`` of the relative difference of smoothed
+    losses."""
+
+
+def compare_precisions(
+    config: Config, out: Path, precisions: Sequence[str] = ("bf16", "fp8"), say: Callable[[str], None] = print
+) -> Comparison:
+    """Train ``config`` once in each precision, from the same seed on the same batches.
+
+    Writes ``precision.json`` and ``precision.png`` into ``out``; no checkpoints, no samples.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    data = prepare_data(config, out, say)
+    runs = [_run(replace(config, train={"precision": name}), data, say) for name in precisions]
+    smooth = [smoothed(run.losses) for run in runs]
+    relative = {run.precision: line / smooth[0] - 1 for run, line in zip(runs[1:], smooth[1:], strict=True)}
+    result = Comparison(
+        preset=config.name,
+        device=jax.devices()[0].device_kind,
+        jax=jax.__version__,
+        steps=len(runs[0].losses),
+        tokens_per_step=config.train.batch_size * config.train.seq_len,
+        runs=runs,
+        differences={name: _summary(line[len(line) // 2 :]) for name, line in relative.items()},
+    )
+    (out / "precision.json").write_text(json.dumps(dataclasses.asdict(result)) + "\n", encoding="utf-8")
+    curves = dict(zip(precisions, smooth, strict=True))
+    write_precision_plot(out / "precision.png", curves, relative, LIMIT)
+    return result
+
+
+def smoothed(losses: Sequence[float]) -> Float[np.ndarray, " steps"]:
+    """Exponential moving average with coefficient 0.9, begun at the first loss."""
+    line, value = [], losses[0]
+    for loss in losses:
+        value = EMA * value + (1 - EMA) * loss
+        line.append(value)
+    return np.array(line)
+
+
+def _summary(difference: Float[np.ndarray, " steps"]) -> dict[str, float]:
+    size = np.abs(difference)
+    return {"max": float(size.max()), "mean": float(size.mean()), "signed_mean": float(difference.mean())}
+
+
+def _run(config: Config, data: Data, say: Callable[[str], None]) -> PrecisionRun:
+    mesh, precision = config_mesh(config), config.train.precision
+    state, step = init_state(config, mesh), make_train_step(config, mesh)
+    stream = data.train_rows(0, 1, None)
+    total, pad = schedule.total_steps(config), data.tokenizer.pad_id
+    losses: list[float] = []
+    waiting: deque[Any] = deque()
+    begin, first_tokens = 0.0, 0
+    say(f"{precision}: compiling")
+    try:
+        while state.step < total:
+            rows = stream.take(schedule.batch_size(config, state.tokens))
+            state, metrics = step(state, without_padding(rows, pad))
+            waiting.append(metrics["loss"])
+            if state.step == 1:
+                jax.block_until_ready(metrics["loss"])
+                begin, first_tokens = time.perf_counter(), state.tokens
+            while len(waiting) > (_IN_FLIGHT if state.step < total else 0):
+                losses.append(float(waiting.popleft()))
+                if len(losses) % max(1, total // 10) == 0:
+                    say(f"{precision}: step {len(losses)} of {total}, loss {losses[-1]:.4f}")
+    finally:
+        stream.close()
+    seconds = time.perf_counter() - begin
+    val_loss = None
+    if len(data.validation_rows):
+        nats, labels = make_eval_step(config, mesh)(state, without_padding(data.validation_rows, pad))
+        val_loss = nats / labels
+    rate = (state.tokens - first_tokens) / seconds if total > 1 else math.nan
+    return PrecisionRun(precision, losses, val_loss, rate)

@@ -1,0 +1,63 @@
+"""The comparison of precisions: its arithmetic, its files, its refusals, its exit status."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dsv3_jax.cli import bench
+from dsv3_jax.config import ConfigError, load_config
+from dsv3_jax.train import precision_bench
+from dsv3_jax.train.precision_bench import PrecisionRun, compare_precisions, smoothed
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """Runs without training: FP8's loss is higher by a share that the test sets, in the last quarter of 40 steps."""
+    share = {"fp8": 0.0}
+
+    def run(config, data, say):
+        name = config.train.precision
+        losses = np.linspace(8, 4, 40) * np.where(np.arange(40) >= 30, 1 + share.get(name, 0.0), 1.0)
+        return PrecisionRun(name, losses.tolist(), None, 1000.0)
+
+    monkeypatch.setattr(precision_bench, "_run", run)
+    monkeypatch.setattr(precision_bench, "prepare_data", lambda *arguments: None)
+    return share
+
+
+def test_smoothing_is_an_average_with_coefficient_nine_tenths_from_the_first_loss():
+    np.testing.assert_allclose(smoothed([4.0, 2.0, 3.0]), [4.0, 3.8, 3.72])
+
+
+def test_differences_are_of_smoothed_losses_over_the_last_half_and_are_written_down(far, tmp_path):
+    far["fp8"] = -0.01
+    result = compare_precisions(load_config("tiny"), tmp_path, ("bf16", "fp8", "fp32"))
+    found = result.differences["fp8"]
+    assert 0.005 < found["max"] < 0.01, "ten steps bring the average 65% of the way"
+    assert found["signed_mean"] == pytest.approx(-found["mean"]) and found["mean"] < found["max"] / 2
+    assert result.differences["fp32"] == {"max": 0.0, "mean": 0.0, "signed_mean": 0.0}
+    written = json.loads((tmp_path / "precision.json").read_text())
+    assert written["differences"]["fp8"] == found
+    assert [len(run["losses"]) for run in written["runs"]] == [40, 40, 40]
+    assert (tmp_path / "precision.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("share", "status"), [(0.002, 0), (0.01, 1)])
+def test_the_command_fails_where_fp8_is_farther_than_the_papers_quarter_percent(far, tmp_path, capsys, share, status):
+    far["fp8"] = share
+    assert bench.run(["precision", "tiny", "--out", str(tmp_path)]) == status
+    assert "fp8 against bf16, EMA(0.9), last half of 40 steps: max 0." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["tiny"], "--out is missing"),
+        (["tiny", "--out", "x", "--precisions", "fp8"], "must name two or more of fp32, bf16, fp8"),
+        (["tiny", "--out", "x", "--precisions", "bf16,fp4"], "must name two or more of fp32, bf16, fp8"),
+    ],
+)
+def test_mistakes_are_one_line(words, told):
+    with pytest.raises(ConfigError, match=told):
+        bench.run(["precision", *words])
