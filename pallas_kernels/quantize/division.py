@@ -1,7 +1,7 @@
 """Division in the Hopper kernels: the true quotient's code, bit for bit, at the price of three multiplications.
 
 A kernel's own ``/`` is within two units in the last place. Here a quotient ``q0 = x r``, with the correctly rounded
-reciprocal ``r`` of ``s``, is corrected by its exact remainder, ``q = q0 + (x - q0 s) r``, in fused multiply-adds. Then
+reciprocal ``r`` of ``s``, is corrected by its exact remainder, ``q = q0 - (q0 s - x) r``, in fused multiply-adds. Then
 
 - ``amax / 448`` is the correctly rounded quotient (tested for all significands);
 - ``e4m3(q)`` is ``e4m3`` of the correctly rounded ``x / s``. They could differ only where ``q`` and that lie on two
@@ -9,6 +9,9 @@ reciprocal ``r`` of ``s``, is corrected by its exact remainder, ``q = q0 + (x - 
   the next number, for it is less than a unit off, or, where the significand of ``x`` is below that of ``s``, less than
   the quotient of the two plus a half, which is at most 31/32 + 1/2; and from there ``q`` is correctly rounded
   (P. Markstein, IBM J. Res. Dev. 34, 1990).
+
+A quotient that is zero has the sign of ``x``, which e4m3 keeps: an exact remainder is ``+0`` as written, and taking it
+away changes no zero; ``q0 + (x - q0 s) r`` would turn ``-0`` into ``+0``.
 
 The sequences are written over an ``Arithmetic``, so that a test can run them in exact numbers.
 """
@@ -53,7 +56,7 @@ class Arithmetic(Protocol):
 def corrected_quotient(ops: Arithmetic, x: Any, s: Any, r: Any) -> Any:
     """``x / s`` from ``r``, the correctly rounded ``1 / s``."""
     q0 = ops.multiply(x, r)
-    return ops.fma(ops.fma(ops.negative(q0), s, x), r, q0)
+    return ops.fma(ops.negative(ops.fma(q0, s, ops.negative(x))), r, q0)
 
 
 def scale_quotient(ops: Arithmetic, amax: Any) -> Any:

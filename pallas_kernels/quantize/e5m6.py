@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8, UInt32
 
-from pallas_kernels.quantize.reference import AMAX_FLOOR, TILE, divide, pad_to_tiles, round_up_to_power_of_two
+from pallas_kernels.quantize.reference import (
+    AMAX_FLOOR,
+    TILE,
+    divide,
+    largest_magnitude,
+    pad_to_tiles,
+    round_up_to_power_of_two,
+)
 
 E5M6_MAX = 65024.0
 _SMALLEST_NORMAL = 2.0**-14
@@ -58,8 +65,9 @@ def pack_e5m6(x_MK: Float[Array, "M K"]) -> PackedE5M6:
     if dim_k % 2:
         raise ValueError(f"pack_e5m6: two values share three bytes, so K must be even, got {dim_k}")
     x_MBK = pad_to_tiles(x_MK, 1).reshape(rows, -(-dim_k // TILE), TILE).astype(jnp.float32)
-    amax_MB = jnp.max(jnp.abs(x_MBK), axis=2, initial=0.0)
-    scale_MB = round_up_to_power_of_two(divide(jnp.maximum(amax_MB, jnp.float32(AMAX_FLOOR)), E5M6_MAX))
+    amax_MB = largest_magnitude(x_MBK, 2)
+    floored_MB = jnp.where(amax_MB < AMAX_FLOOR, jnp.float32(AMAX_FLOOR), amax_MB)
+    scale_MB = round_up_to_power_of_two(divide(floored_MB, E5M6_MAX))
     usable_MB1 = jnp.isfinite(scale_MB)[:, :, None]
     codes = encode_e5m6(jnp.where(usable_MB1, x_MBK / scale_MB[:, :, None], 0.0))
     pair = codes.reshape(rows, -1, 2)[:, : dim_k // 2]

@@ -67,12 +67,23 @@ def round_to(x: Float32[Array, "..."], dtype: jnp.dtype) -> Float32[Array, "..."
 def round_up_to_power_of_two(scale: Float32[Array, "..."]) -> Float32[Array, "..."]:
     """``2 ** ceil(log2(scale))`` exactly, for positive normal numbers; infinity and NaN become infinity."""
     bits = lax.bitcast_convert_type(scale, jnp.int32)
-    return lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
+    raised = lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
+    return jnp.where(scale < jnp.inf, raised, jnp.inf)
+
+
+def largest_magnitude(x: Float[Array, "..."], axis: int | tuple[int, ...]) -> Float32[Array, "..."]:
+    """``max |x|`` in float32, zero of nothing, NaN if there is one.
+
+    It compares bit patterns, which are ordered as the magnitudes and then NaN: XLA's maximum of floats drops NaN on a
+    CPU.
+    """
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & 0x7FFFFFFF
+    return lax.bitcast_convert_type(jnp.max(bits, axis=axis, initial=0), jnp.float32)
 
 
 def scale_of(amax: Float32[Array, "..."], power_of_two: bool = False) -> Float32[Array, "..."]:
     """The scale of a tile whose largest magnitude is ``amax``."""
-    scale = divide(jnp.maximum(amax, jnp.float32(AMAX_FLOOR)), E4M3_MAX)
+    scale = divide(jnp.where(amax < AMAX_FLOOR, jnp.float32(AMAX_FLOOR), amax), E4M3_MAX)
     return round_up_to_power_of_two(scale) if power_of_two else scale
 
 
@@ -91,7 +102,7 @@ def quantize_rows(x_MK: Float[Array, "M K"], power_of_two: bool = False) -> Tile
     """1 x 128 tiles along K: ``q [M, K]``, ``scale [ceil(K / 128), M]``."""
     rows, dim_k = x_MK.shape
     x_MBK = pad_to_tiles(x_MK, 1).reshape(rows, -(-dim_k // TILE), TILE)
-    scale_MB = scale_of(jnp.max(jnp.abs(x_MBK), axis=2, initial=0.0).astype(jnp.float32), power_of_two)
+    scale_MB = scale_of(largest_magnitude(x_MBK, 2), power_of_two)
     q_MK = encode(x_MBK, scale_MB[:, :, None]).reshape(rows, -1)[:, :dim_k]
     return Tiles(q_MK, scale_MB.T)
 
@@ -109,7 +120,7 @@ def quantize_blocks(w: Float[Array, "*lead R C"], power_of_two: bool = False) ->
     *lead, rows, columns = w.shape
     padded = pad_to_tiles(w, 2)
     tiled = padded.reshape(*lead, padded.shape[-2] // TILE, TILE, padded.shape[-1] // TILE, TILE)
-    scale = scale_of(jnp.max(jnp.abs(tiled), axis=(-3, -1), initial=0.0).astype(jnp.float32), power_of_two)
+    scale = scale_of(largest_magnitude(tiled, (-3, -1)), power_of_two)
     q = encode(tiled, scale[..., :, None, :, None]).reshape(padded.shape)[..., :rows, :columns]
     return Blocks(q, scale)
 

@@ -1,5 +1,6 @@
 """The kernels' division in exact arithmetic: its rounding for all significands, its codes next to every boundary."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -47,6 +48,18 @@ def test_scales_are_correctly_rounded_for_every_significand():
     for first in range(0, 1 << 23, 1 << 16):
         amax = (np.arange(first, first + (1 << 16), dtype=np.uint32) | np.uint32(0x3F800000)).view(np.float32)
         np.testing.assert_array_equal(division.scale_quotient(Exact(), amax), true_quotient(amax, np.float32(E4M3_MAX)))
+
+
+def test_codes_are_right_for_every_bfloat16_and_a_zero_keeps_its_sign():
+    x = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
+    random = np.random.default_rng(0).random(8, np.float32) * np.exp2(np.linspace(-18, 100, 8)).astype(np.float32)
+    for s in np.concatenate([np.float32([1e-4 / 448, 2.0**-22, 1, 1.5, 4, 7e35]), random]):
+        given = x[np.abs(x) <= 448 * s]  # not NaN
+        s = np.full_like(given, s)
+        got = division.corrected_quotient(Exact(), given, s, true_quotient(np.ones_like(s), s))
+        codes, true = (q.astype(ml_dtypes.float8_e4m3fn).view(np.uint8) for q in (got, true_quotient(given, s)))
+        np.testing.assert_array_equal(codes, true)
+        assert {0, 128} <= set(true[given == 0])
 
 
 @pytest.mark.parametrize("sixteenths", range(16, 32))

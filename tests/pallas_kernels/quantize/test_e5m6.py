@@ -66,6 +66,16 @@ def test_zero_and_infinite_tiles():
     assert back[300] == pytest.approx(3e38, rel=2.0**-7)
 
 
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_one_value_that_is_not_finite_among_many_is_never_lost(bad):
+    x = np.random.default_rng(1).standard_normal((256, 384)).astype(np.float32)
+    x[200, 300] = bad
+    stored = pack_e5m6(jnp.asarray(x, jnp.bfloat16))
+    assert np.isinf(stored.scale[2, 200])
+    assert not np.asarray(stored.packed)[200, 256 * 3 // 2 :].any()
+    np.testing.assert_array_equal(np.argwhere(np.isnan(unpack_e5m6(stored))), [(200, k) for k in range(256, 384)])
+
+
 def test_an_odd_number_of_columns_is_refused():
     with pytest.raises(ValueError, match="K must be even, got 3"):
         pack_e5m6(jnp.zeros((1, 3)))

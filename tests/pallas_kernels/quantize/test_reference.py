@@ -120,9 +120,10 @@ def test_blocks_equal_numpy_and_their_transpose(shape, power_of_two):
 
 
 def test_powers_of_two_round_up_and_stay_where_they_are_exact():
-    values = np.array([1.0, np.nextafter(np.float32(1), 2), 2.0, 3.0, 2.0**-22, 1e-4 / 448, 7e35], np.float32)
+    up = np.nextafter(np.float32(1), 2)
+    values = np.array([1.0, up, 2.0, 3.0, 2.0**-22, 1e-4 / 448, 7e35, np.inf, np.nan, -np.nan], np.float32)
     got = reference.round_up_to_power_of_two(jnp.asarray(values))
-    np.testing.assert_array_equal(got, [1.0, 2.0, 2.0, 4.0, 2.0**-22, 2.0**-22, 2.0**120])
+    np.testing.assert_array_equal(got, [1.0, 2.0, 2.0, 4.0, 2.0**-22, 2.0**-22, 2.0**120, *[np.inf] * 3])
 
 
 def test_zero_and_tiny_tiles_take_the_floor_and_constant_tiles_the_top_code():
@@ -133,6 +134,39 @@ def test_zero_and_tiny_tiles_take_the_floor_and_constant_tiles_the_top_code():
     np.testing.assert_array_equal(q[:2].astype(jnp.float32), 0.0)
     np.testing.assert_array_equal(q[3].astype(jnp.float32), -448.0)
     assert not np.isnan(np.asarray(q, np.float32)).any()
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["jit", "eager"])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_one_value_that_is_not_finite_among_many_is_never_lost(power_of_two, compiled):
+    x = np.random.default_rng(3).standard_normal((512, 384)).astype(jnp.bfloat16)
+    places = {(3, 5): np.inf, (130, 127): -np.inf, (200, 300): np.nan, (511, 383): -np.nan, (300, 128): np.nan}
+    for place, bad in places.items():
+        x[place] = bad
+    finite = np.isfinite(x.astype(np.float32))
+    rows = finite.reshape(512, 3, 128).all(2).T
+    columns = finite.reshape(4, 128, 384).all(1)
+    blocks = rows.reshape(3, 4, 128).all(2).T
+
+    def check(made, finite_scales, finite_values):
+        q, scale = map(np.asarray, made)
+        np.testing.assert_array_equal(np.isfinite(scale), finite_scales)
+        assert (scale > 0)[finite_scales].all()
+        assert not q[~finite_values].view(np.uint8).any()
+        assert np.isfinite(q.astype(np.float32)).all()
+
+    functions = reference.quantize_rows, reference.quantize_columns, reference.quantize_blocks
+    by_row, by_column, by_block = (
+        (jax.jit(function, static_argnums=1) if compiled else function)(jnp.asarray(x), power_of_two)
+        for function in functions
+    )
+    in_rows = np.repeat(rows.T, 128, axis=1)
+    check(by_row, rows, in_rows)
+    check(by_column, columns, np.repeat(columns.T, 128, axis=1))
+    check(by_block, blocks, np.repeat(np.repeat(blocks, 128, axis=0), 128, axis=1))
+    again = in_rows.reshape(4, 128, 384).all(1)
+    requantize = requantize_columns if compiled else reference.requantize_columns
+    check(requantize(*by_row, power_of_two), again, np.repeat(again.T, 128, axis=1))
 
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
