@@ -30,9 +30,7 @@ def _further(share: PartitionSpec, whole: PartitionSpec) -> Iterator[tuple[int, 
     return ((dim, axes) for dim, axes in _splits(share) if dim not in before)
 
 
-def gather(
-    x: Float[Array, "..."], share: PartitionSpec, whole: PartitionSpec, dtype: DTypeLike
-) -> Float[Array, "..."]:
+def gather(x: Float[Array, "..."], share: PartitionSpec, whole: PartitionSpec, dtype: DTypeLike) -> Float[Array, "..."]:
     """A weight as the model needs it, from the shares of all devices; it travels as ``dtype`` and keeps its own type.
 
     Without anything to gather the weight is returned as it is, unrounded.

@@ -131,7 +131,7 @@ def read_direct(fd: int, offset: int, nbytes: int, path: Path) -> np.ndarray:
         except OSError as error:
             raise WeightsError(f"{path}: cannot be read at byte {offset} ({error.strerror})") from error
         if not count:
-            raise WeightsError(f"{path}: ends at byte {offset - first + done}, inside its data; get the file again")
+            raise WeightsError(f"{path}: ends at byte {os.fstat(fd).st_size}, inside its data; get the file again")
         done += count
     return pages[first : first + nbytes]
 
@@ -149,7 +149,7 @@ def read_at(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
         except OSError as error:
             raise WeightsError(f"{path}: cannot be read at byte {offset + done} ({error.strerror})") from error
         if not count:
-            raise WeightsError(f"{path}: ends at byte {offset + done}, inside its data; get the file again")
+            raise WeightsError(f"{path}: ends at byte {os.fstat(fd).st_size}, inside its data; get the file again")
         done += count
 
 

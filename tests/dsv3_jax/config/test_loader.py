@@ -186,7 +186,12 @@ def refused(source, **overrides):
         ("model", "rope_scaling", {"factr": 40}, "unknown field model.rope_scaling.factr; did you mean 'factor'?"),
         ("data", "source", 3, "data.source = 3 must be text"),
         ("optim", "learning_rate", "3e-4", "optim.learning_rate = '3e-4' must be a number"),
-        ("train", "precision", "bf61", "train.precision = 'bf61' must be one of 'fp32', 'bf16', 'fp8'; did you mean 'bf16'?"),
+        (
+            "train",
+            "precision",
+            "bf61",
+            "train.precision = 'bf61' must be one of 'fp32', 'bf16', 'fp8'; did you mean 'bf16'?",
+        ),
         ("loss", "mtp_weight", "0.3", "loss.mtp_weight = '0.3' must be a number or a list of {until, value, shape}"),
         ("loss", "mtp_weight", [{"until": 3}], "loss.mtp_weight[0].value is missing"),
         ("loss", "mtp_weight", [3], "loss.mtp_weight[0] = 3 must be a section of fields"),

@@ -9,7 +9,7 @@ import pytest
 
 from dsv3_jax.cli.main import DONE, FAILURE, USER_MISTAKE, main
 from dsv3_jax.config import ConfigError
-from dsv3_jax.interop.convert import Options, convert
+from dsv3_jax.interop.convert import convert
 from dsv3_jax.interop.pretrained import from_pretrained
 from dsv3_jax.interop.tensor_io import WeightsError
 from tests.dsv3_jax.interop.folders import BF16, E4M3, F32, config_of, contents, read_all, same_bits, write_all
@@ -88,7 +88,7 @@ def test_part_of_a_prediction_layer_is_missing_tensors_and_none_of_it_is_a_model
     loaded = from_pretrained(folder)
     assert loaded.config.model.num_nextn_predict_layers == 0
     assert "declares 1 MTP layer(s) and holds none" in caplog.text
-    convert(folder, tmp_path / "out", Options(to="orbax"))
+    convert(folder, tmp_path / "out", to="orbax")
     assert from_pretrained(tmp_path / "out").config.model.num_nextn_predict_layers == 0
 
 
@@ -106,9 +106,9 @@ def test_fp8_in_part_of_the_layers_cannot_be_kept_as_one_array(changed, ragged, 
 
     folder = changed("fp8", mix)
     with pytest.raises(ConfigError, match=r"--dtype keep: FP8 in part of the layers of params/moe/moe/down; choose"):
-        convert(folder, tmp_path / "out", Options(to="orbax"))
-    convert(folder, tmp_path / "out", Options(to="orbax", dtype="bf16"))
-    convert(tmp_path / "out", tmp_path / "back", Options(to="hf"))
+        convert(folder, tmp_path / "out", to="orbax")
+    convert(folder, tmp_path / "out", to="orbax", dtype="bf16")
+    convert(tmp_path / "out", tmp_path / "back", to="hf")
     same_bits(read_all(tmp_path / "back")[name], read_all(folder)[name])
 
 
@@ -116,7 +116,7 @@ def test_fp8_in_part_of_the_layers_cannot_be_kept_as_one_array(changed, ragged, 
 
 
 def test_a_truncated_shard_is_named_with_its_tensor(ragged, tmp_path):
-    folder = convert(ragged / "bf16", tmp_path / "cut", Options(to="hf", shard_bytes=10**6)).path
+    folder = convert(ragged / "bf16", tmp_path / "cut", to="hf", shard_bytes=10**6).path
     file = sorted(folder.glob("*.safetensors"))[1]
     with file.open("r+b") as stream:
         stream.truncate(file.stat().st_size - 10)
@@ -141,11 +141,11 @@ def test_a_shard_that_shrinks_while_it_is_read_is_named(ragged, tmp_path):
             stream.truncate(20_000)
 
     with pytest.raises(WeightsError, match=r"model\.safetensors: ends at byte 20000, inside its data"):
-        convert(folder, tmp_path / "out", Options(to="hf", dtype="fp32"), progress=shrink)
+        convert(folder, tmp_path / "out", to="hf", dtype="fp32", progress=shrink)
 
 
 def test_an_index_that_leads_outside_is_refused(ragged, tmp_path):
-    folder = convert(ragged / "bf16", tmp_path / "out", Options(to="hf", shard_bytes=10**6)).path
+    folder = convert(ragged / "bf16", tmp_path / "out", to="hf", shard_bytes=10**6).path
     index = folder / "model.safetensors.index.json"
     told = json.loads(index.read_text())
     told["weight_map"]["lm_head.weight"] = "../bf16/model.safetensors"
@@ -158,7 +158,7 @@ def test_an_index_that_leads_outside_is_refused(ragged, tmp_path):
 
 @pytest.fixture(scope="module")
 def pickled(ragged, tmp_path_factory):
-    return convert(ragged / "bf16", tmp_path_factory.mktemp("torch") / "pickled", Options(to="torch")).path
+    return convert(ragged / "bf16", tmp_path_factory.mktemp("torch") / "pickled", to="torch").path
 
 
 def test_pickles_are_read_only_when_asked_for(pickled, ragged):
@@ -219,7 +219,7 @@ def test_mistakes_are_status_2_and_one_line(ragged, pickled, changed, tmp_path, 
 
 
 def test_a_damaged_checkpoint_is_status_1_and_one_line(ragged, tmp_path, capsys):
-    convert(ragged / "bf16", tmp_path / "ours", Options(to="orbax"))
+    convert(ragged / "bf16", tmp_path / "ours", to="orbax")
     (chunk,) = (tmp_path / "ours").glob("checkpoints/0/state/params/final_norm/scale/0")
     chunk.write_bytes(chunk.read_bytes()[:-2])
     status, said = command(capsys, tmp_path / "ours", tmp_path / "out")

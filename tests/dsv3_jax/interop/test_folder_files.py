@@ -6,7 +6,7 @@ import pytest
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.tokenizer import PAD, Tokenizer
-from dsv3_jax.interop.convert import Options, convert
+from dsv3_jax.interop.convert import convert
 from dsv3_jax.interop.folder_files import carry_texts, tokenizer_texts, write_texts
 from dsv3_jax.interop.pretrained import from_pretrained
 from tests.dsv3_jax.interop.folders import config_of
@@ -125,15 +125,15 @@ def test_what_lies_beside_the_weights_comes_along_unchanged_and_is_made_where_it
         "special_tokens_map.json": "{}",
         "generation_config.json": '{"temperature": 0.6}',
     }
-    folder = convert(ragged / "bf16", tmp_path / "own", Options(to="hf")).path
+    folder = convert(ragged / "bf16", tmp_path / "own", to="hf").path
     write_texts(folder, own)
-    ours = convert(folder, tmp_path / "ours", Options(to="orbax")).path
-    back = convert(ours, tmp_path / "back", Options(to="hf")).path
+    ours = convert(folder, tmp_path / "ours", to="orbax").path
+    back = convert(ours, tmp_path / "back", to="hf").path
     assert carry_texts(back) == own
     assert from_pretrained(ours).tokenizer.fingerprint == tokenizer.fingerprint
     for name in own:
         (folder / name).unlink()
-    bare = convert(folder, tmp_path / "bare", Options(to="hf")).path
+    bare = convert(folder, tmp_path / "bare", to="hf").path
     assert carry_texts(bare).keys() == {"generation_config.json"}
     made = json.loads((bare / "generation_config.json").read_text())
     assert (made["bos_token_id"], made["eos_token_id"]) == (

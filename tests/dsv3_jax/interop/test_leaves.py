@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.interop.convert import Options, convert
+from dsv3_jax.interop.convert import convert
 from dsv3_jax.interop.leaves import LeafReader, dequantize_leaf, load_leaves
 from dsv3_jax.interop.names import scale_leaf, tensors
 from dsv3_jax.interop.opened import open_weights
@@ -22,7 +22,7 @@ SOURCES = ("hf", "orbax")
 @pytest.fixture(scope="module")
 def kept(ragged, tmp_path_factory):
     """The FP8 weights as a Hugging Face folder and as a checkpoint."""
-    ours = convert(ragged / "fp8", tmp_path_factory.mktemp("kept") / "ours", Options(to="orbax")).path
+    ours = convert(ragged / "fp8", tmp_path_factory.mktemp("kept") / "ours", to="orbax").path
     return {"hf": ragged / "fp8", "orbax": ours}
 
 
@@ -179,6 +179,6 @@ def test_a_folder_of_theirs_and_our_checkpoint_of_it_load_as_the_same_arrays(dty
 def test_fp8_is_not_made_up_where_there_is_none(kind, ragged, tmp_path):
     path = ragged / "bf16"
     if kind == "orbax":
-        path = convert(path, tmp_path / "ours", Options(to="orbax")).path
+        path = convert(path, tmp_path / "ours", to="orbax").path
     with pytest.raises(ConfigError, match="holds no FP8 weights; make some with dsv3 convert --dtype fp8"):
         loaded(path, dtype="fp8")

@@ -15,7 +15,7 @@ from flax import nnx
 
 from dsv3_jax.config import load_config
 from dsv3_jax.inference.generate import generate
-from dsv3_jax.interop.convert import Options, convert
+from dsv3_jax.interop.convert import convert
 from dsv3_jax.interop.pretrained import from_pretrained, save_pretrained
 from dsv3_jax.model import merge_model
 from tests.dsv3_jax import micro
@@ -124,7 +124,7 @@ def returned(oracle, hf_families, made_once):
             folder = save_pretrained(model, config, base / f"own_{dtype}", dtype=dtype)
             job = {"do": "read", "folder": folder, "tokens": base / "tokens.npz", "out": base / f"own_{dtype}.npz"}
             jobs.append(job | {"dequantize": dtype == "fp8"})
-        convert(base / "own_fp8", base / "torch", Options(to="torch"))
+        convert(base / "own_fp8", base / "torch", to="torch")
         jobs += [
             {"do": "torch_load", "file": base / "torch" / "pytorch_model.bin", "out": base / "torch.npz"},
             {"do": "safetensors_dump", "folder": base / "own_fp8", "out": base / "own_fp8.dump.npz"},
