@@ -15,7 +15,7 @@ COMMANDS = {
     "convert": "bring weights in and out: Hugging Face folders, our checkpoints, PyTorch files",
     "plan": "predict what a device will hold on a mesh, by component",
     "info": "print a preset's parameters, FLOPs and cache bytes per token",
-    "bench": "measure a training step: time, tokens/s, FLOP/s and memory",
+    "bench": "measure a training step, the kernels, or the loss in several precisions",
 }
 
 DONE, FAILURE, USER_MISTAKE, INTERRUPTED = 0, 1, 2, 130
