@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dsv3_jax.cli.main import DONE, FAILURE
 from dsv3_jax.cli.overrides import parse_words
@@ -94,7 +94,7 @@ class _Bars:
 
         console = Console(stderr=True)
         self._terminal = sys.stderr.isatty()  # FORCE_COLOR, which notebooks set, makes no pipe a terminal
-        self._tasks: dict[str, object] = {}
+        self._tasks: dict[str, Any] = {}
         self._told = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), Speed(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=console, disable=not self._terminal)
@@ -109,9 +109,9 @@ class _Bars:
     def show(self, phase: str, done: int, total: int) -> None:
         """Bytes done of a phase."""
         if self._terminal:
-            task = self._tasks.setdefault(phase, None) or self._progress.add_task(phase, total=total)
-            self._tasks[phase] = task
-            self._progress.update(task, completed=done)  # type: ignore[arg-type]
+            if phase not in self._tasks:
+                self._tasks[phase] = self._progress.add_task(phase, total=total)
+            self._progress.update(self._tasks[phase], completed=done)
         elif time.monotonic() - self._told > 5:
             self._told = time.monotonic()
             print(f"{phase}: {done / 1e9:.2f} of {total / 1e9:.2f} GB", file=sys.stderr, flush=True)

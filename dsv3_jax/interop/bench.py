@@ -22,7 +22,7 @@ import numpy as np
 from dsv3_jax.config import ModelConfig, load_config
 from dsv3_jax.interop.block_fp8 import E4M3
 from dsv3_jax.interop.hf_config import WeightsDtype, to_hf
-from dsv3_jax.interop.names import Tensor, tensors
+from dsv3_jax.interop.names import tensors
 from dsv3_jax.interop.safetensors_file import ShardWriter
 from dsv3_jax.interop.shard_plan import ShardPlan
 from dsv3_jax.interop.sink import file_entries
@@ -31,22 +31,9 @@ from dsv3_jax.interop.source import F32
 _SLICE = 2**23
 
 
-class _Declared:
-    """A source of types alone."""
-
-    def dtype(self, tensor: Tensor) -> np.dtype:
-        return F32
-
-    def rows(self, tensor: Tensor, start: int, stop: int) -> np.ndarray:
-        raise NotImplementedError
-
-    def scales(self, tensor: Tensor, start: int, stop: int) -> np.ndarray:
-        raise NotImplementedError
-
-
 def synthesize(folder: Path, model: ModelConfig, dtype: WeightsDtype) -> int:
     """Write a Hugging Face folder of random finite numbers; its bytes."""
-    plan = ShardPlan(file_entries(tensors(model), _Declared(), dtype))
+    plan = ShardPlan(file_entries(tensors(model), lambda tensor: F32, dtype))
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 0x78, _SLICE + 2**16, np.uint8) | (rng.integers(0, 2, _SLICE + 2**16, np.uint8) << 7)
     normal = rng.standard_normal(_SLICE + 2**16, np.float32)

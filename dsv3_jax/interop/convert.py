@@ -225,7 +225,7 @@ class _Target:
 
 def _files_target(partial: Path, opened: Opened, options: Options, resumed: bool) -> _Target:
     torch = options.to == "torch"
-    entries = file_entries(opened.tensors, opened.source, options.dtype)
+    entries = file_entries(opened.tensors, opened.source.dtype, options.dtype)
     if torch:
         file = TorchWriter(partial, TorchPlan(entries, options.shard_bytes), resume=resumed)
     else:
@@ -236,14 +236,14 @@ def _files_target(partial: Path, opened: Opened, options: Options, resumed: bool
         with (TorchFolder if torch else HFFolder)(partial) as folder:
             yield HFSource(folder, opened.tensors, opened.model)
 
-    return _Target(FileSink(file, opened.source, options.dtype), file.close, read_back, {})
+    return _Target(FileSink(file, opened.source.dtype, options.dtype), file.close, read_back, {})
 
 
 def _arrays_target(partial: Path, opened: Opened, options: Options, resumed: bool) -> _Target:
     state = partial / "checkpoints" / str(opened.step) / "state"
     model = opened.model
     shapes = leaf_shapes(model)
-    dtypes = array_dtypes(opened.tensors, opened.source, options.dtype)
+    dtypes = array_dtypes(opened.tensors, opened.source.dtype, options.dtype)
     layout = array_layout(opened.tensors, dtypes, shapes, scale_leaf_shapes(model))
     state.parent.mkdir(parents=True, exist_ok=True)
     threads = slices_at_a_time(options.buffer_bytes, options.threads or os.cpu_count() or 1)

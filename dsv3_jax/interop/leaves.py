@@ -82,7 +82,7 @@ class LeafReader:
         """The type that an array gets."""
         held = self._tensors[leaf]
         kept = dtype == "fp8" and any(self._source.dtype(tensor) == E4M3 for tensor in held)
-        return array_dtypes(held, self._source, "keep" if kept else "bf16" if dtype == "fp8" else dtype)[leaf]
+        return array_dtypes(held, self._source.dtype, "keep" if kept else "bf16" if dtype == "fp8" else dtype)[leaf]
 
     def read(self, leaf: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
         """The slice ``index`` of an array; of each tensor only what is in it is read, in FP8 to the edges of blocks."""

@@ -1,7 +1,7 @@
 """Where weights go: the counterpart of :mod:`dsv3_jax.interop.source`."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -11,7 +11,7 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.interop.block_fp8 import BF16, E4M3, scale_rows
 from dsv3_jax.interop.names import BLOCK, Tensor, scale_leaf
 from dsv3_jax.interop.shard_writer import RowWriter
-from dsv3_jax.interop.source import F16, F32, Source, leaf_index, scale_index, widest
+from dsv3_jax.interop.source import F16, F32, leaf_index, scale_index, widest
 from dsv3_jax.orbax_store import ArraysWriter
 
 Dtype = Literal["keep", "fp32", "bf16", "fp8"]
@@ -46,12 +46,16 @@ def stored_dtype(tensor: Tensor, have: np.dtype, dtype: Dtype) -> np.dtype:
     return E4M3 if dtype == "fp8" and tensor.fp8 else BF16
 
 
+DtypeOf = Callable[[Tensor], np.dtype]
+"""The type that a source has a tensor in."""
+
+
 def file_entries(
-    tensors: Sequence[Tensor], source: Source, dtype: Dtype
+    tensors: Sequence[Tensor], have: DtypeOf, dtype: Dtype
 ) -> Iterator[tuple[str, np.dtype, tuple[int, ...]]]:
     """Name, type and shape of every tensor of a Hugging Face folder, each FP8 tensor followed by its scales."""
     for tensor in tensors:
-        kind = stored_dtype(tensor, source.dtype(tensor), dtype)
+        kind = stored_dtype(tensor, have(tensor), dtype)
         yield tensor.name, kind, tensor.shape
         if kind == E4M3:
             yield tensor.scale_name, F32, tensor.scale_shape
@@ -60,13 +64,13 @@ def file_entries(
 class FileSink:
     """A Hugging Face folder, of safetensors or of PyTorch's files."""
 
-    def __init__(self, file: RowWriter, source: Source, dtype: Dtype):
-        self._file, self._source = file, source
+    def __init__(self, file: RowWriter, have: DtypeOf, dtype: Dtype):
+        self._file, self._have = file, have
         self._dtype: Dtype = dtype
 
     def dtype(self, tensor: Tensor) -> np.dtype:
         """By :func:`stored_dtype`."""
-        return stored_dtype(tensor, self._source.dtype(tensor), self._dtype)
+        return stored_dtype(tensor, self._have(tensor), self._dtype)
 
     def write(self, tensor: Tensor, start: int, rows: np.ndarray, scales: np.ndarray | None) -> None:
         """By offset."""
@@ -81,7 +85,7 @@ class FileSink:
             self._file.assume_written(tensor.scale_name, *scale_rows(start, stop))
 
 
-def array_dtypes(tensors: Sequence[Tensor], source: Source, dtype: Dtype) -> dict[str, np.dtype]:
+def array_dtypes(tensors: Sequence[Tensor], have: DtypeOf, dtype: Dtype) -> dict[str, np.dtype]:
     """Type of each of our arrays: the narrowest that holds what its tensors are stored as.
 
     Raises:
@@ -90,7 +94,7 @@ def array_dtypes(tensors: Sequence[Tensor], source: Source, dtype: Dtype) -> dic
     kinds: dict[str, set[np.dtype]] = {}
     for tensor in tensors:
         if not tensor.copy:
-            kinds.setdefault(tensor.leaf, set()).add(stored_dtype(tensor, source.dtype(tensor), dtype))
+            kinds.setdefault(tensor.leaf, set()).add(stored_dtype(tensor, have(tensor), dtype))
     mixed = [leaf for leaf, found in kinds.items() if E4M3 in found and len(found) > 1]
     if mixed:
         raise ConfigError(f"--dtype keep: FP8 in part of the layers of {', '.join(mixed)}; choose --dtype bf16 or fp8")

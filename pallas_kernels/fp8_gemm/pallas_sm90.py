@@ -24,17 +24,17 @@ def operand_obstacle(rows: int, columns: int, contraction: int) -> str | None:
     return None
 
 
-def gemm_obstacle(q_MK: Array, w_NK: Array, dtype: Any) -> str | None:
-    """Says why the kernel cannot compute ``fp8_gemm``, or None where it can."""
+def gemm_obstacle(q: Array, w: Array, dtype: Any) -> str | None:
+    """Says why the kernels cannot multiply ``[..., M, K]`` by ``[..., N, K]``, or None where they can."""
     if (why := dispatch.hopper_obstacle()) is not None:
         return why
     if jnp.dtype(dtype).name not in ("bfloat16", "float32"):
         return f"the result must be bfloat16 or float32, got {jnp.dtype(dtype).name}"
-    return operand_obstacle(q_MK.shape[0], w_NK.shape[0], q_MK.shape[1])
+    return operand_obstacle(q.shape[-2], w.shape[-2], q.shape[-1])
 
 
 def wgrad_obstacle(x_KM: Array, dy_NM: Array) -> str | None:
-    """Says why the kernel cannot compute ``fp8_wgrad``, or None where it can."""
+    """Says why the kernels cannot compute a weight gradient, grouped or not, or None where they can."""
     return dispatch.hopper_obstacle() or operand_obstacle(x_KM.shape[0], dy_NM.shape[0], x_KM.shape[1])
 
 

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.fp8_gemm.op import check_into, check_operand
+from pallas_kernels.fp8_gemm.pallas_sm90 import gemm_obstacle, wgrad_obstacle
 from pallas_kernels.fp8_gemm.reference import BLOCK
 from pallas_kernels.grouped_fp8_gemm import pallas_sm90, reference
 
@@ -51,7 +52,7 @@ def grouped_fp8_gemm(
     check_operand("grouped_fp8_gemm", "q_MK", q_MK, "sa_KM", sa_KM, (steps, rows))
     check_operand("grouped_fp8_gemm", "w_GNK", w_GNK, "sb_GNK", sb_GNK, (groups, -(-columns // BLOCK), steps))
     used = _used(num_blocks, group_of_block)
-    obstacle = pallas_sm90.gemm_obstacle(q_MK, w_GNK, dtype)
+    obstacle = gemm_obstacle(q_MK, w_GNK, dtype)
     if dispatch.choose("grouped_fp8_gemm", implementation, {"pallas": obstacle}) == "pallas":
         return pallas_sm90.gemm(q_MK, sa_KM, w_GNK, sb_GNK, group_of_block, used, dtype=dtype)
     return reference.grouped_fp8_gemm(q_MK, sa_KM, w_GNK, sb_GNK, group_of_block, used).astype(dtype)
@@ -93,7 +94,7 @@ def masked_fp8_gemm(
     steps = -(-dim_k // BLOCK)
     check_operand("masked_fp8_gemm", "q_GMK", q_GMK, "sa_GKM", sa_GKM, (groups, steps, rows))
     check_operand("masked_fp8_gemm", "w_GNK", w_GNK, "sb_GNK", sb_GNK, (groups, -(-columns // BLOCK), steps))
-    obstacle = pallas_sm90.gemm_obstacle(q_GMK, w_GNK, dtype)
+    obstacle = gemm_obstacle(q_GMK, w_GNK, dtype)
     if dispatch.choose("masked_fp8_gemm", implementation, {"pallas": obstacle}) == "pallas":
         return pallas_sm90.masked(q_GMK, sa_GKM, w_GNK, sb_GNK, counts_G, dtype=dtype)
     return reference.masked_fp8_gemm(q_GMK, sa_GKM, w_GNK, sb_GNK, counts_G).astype(dtype)
@@ -142,7 +143,7 @@ def grouped_fp8_wgrad(
     check_into("grouped_fp8_wgrad", into, (num_groups, rows, columns))
     used = _used(num_blocks, group_of_block)
     operands = (x_KM, sx_MK, dy_NM, sdy_MN, group_of_block, used)
-    obstacle = pallas_sm90.wgrad_obstacle(x_KM, dy_NM)
+    obstacle = wgrad_obstacle(x_KM, dy_NM)
     if dispatch.choose("grouped_fp8_wgrad", implementation, {"pallas": obstacle}) == "pallas":
         return pallas_sm90.wgrad(*operands, num_groups=num_groups, into=into)
     dw_GKN = reference.grouped_fp8_wgrad(*operands, num_groups=num_groups)

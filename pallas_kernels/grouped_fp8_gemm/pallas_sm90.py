@@ -1,4 +1,4 @@
-"""The grouped Hopper kernels: which tiles of which operands, and what the kernel cannot do."""
+"""The grouped Hopper kernels: which tiles of which operands."""
 
 import math
 from typing import Any
@@ -10,22 +10,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import dispatch
 from pallas_kernels.fp8_gemm import tiles
-from pallas_kernels.fp8_gemm.pallas_sm90 import operand_obstacle, weight_block
+from pallas_kernels.fp8_gemm.pallas_sm90 import weight_block
 from pallas_kernels.fp8_gemm.product_sm90 import STEP, Tile, Tiling, run, tile_index
-
-
-def gemm_obstacle(q: Array, w_GNK: Array, dtype: Any) -> str | None:
-    """Says why the kernels cannot compute ``grouped_fp8_gemm`` or ``masked_fp8_gemm``, or None where they can."""
-    if (why := dispatch.hopper_obstacle()) is not None:
-        return why
-    if jnp.dtype(dtype).name not in ("bfloat16", "float32"):
-        return f"the result must be bfloat16 or float32, got {jnp.dtype(dtype).name}"
-    return operand_obstacle(q.shape[-2], w_GNK.shape[1], q.shape[-1])
-
-
-def wgrad_obstacle(x_KM: Array, dy_NM: Array) -> str | None:
-    """Says why the kernel cannot compute ``grouped_fp8_wgrad``, or None where it can."""
-    return dispatch.hopper_obstacle() or operand_obstacle(x_KM.shape[0], dy_NM.shape[0], x_KM.shape[1])
 
 
 def gemm(

@@ -7,6 +7,8 @@ from flax import nnx
 
 from dsv3_jax.config import load_config
 from dsv3_jax.model import abstract_model, merge_model, split_model
+from dsv3_jax.train.optimizer import make_optimizer
+from dsv3_jax.train.state import TrainState, config_layout, config_mesh
 
 V3 = {
     "vocab_size": 61,
@@ -110,6 +112,22 @@ def parts(model_config, seed=0):
 
 def model(model_config, seed=0):
     return merge_model(*parts(model_config, seed))
+
+
+def train_state(config, params=None, seed=0, **changes):
+    """A run's state with drawn weights (or ``params``), laid out as the configuration says. A step uses it up."""
+    _, drawn, bias = parts(config.model, seed)
+    params = drawn if params is None else params
+    fields = {
+        "params": params,
+        "router_bias": bias,
+        "opt_state": make_optimizer(config.optim).init(params),
+        "ema": None,
+        "nonfinite": jnp.zeros((), jnp.int32),
+    } | changes
+    places = config_layout(config, config_mesh(config)).shardings(fields)
+    arrays = jax.tree.map(lambda leaf, place: jax.device_put(np.array(leaf), place), fields, places)
+    return TrainState(**arrays, step=0, tokens=0)
 
 
 def module(create, seed=0):

@@ -8,8 +8,6 @@ import pytest
 from dsv3_jax.config import replace
 from dsv3_jax.nn import fp8
 from dsv3_jax.train.loss import activation_dtype
-from dsv3_jax.train.optimizer import make_optimizer
-from dsv3_jax.train.state import TrainState, config_layout, config_mesh
 from dsv3_jax.train.step import make_eval_step, make_train_step
 from pallas_kernels.quantize import reference
 from pallas_kernels.testing import calc_diff
@@ -41,18 +39,9 @@ ROWS = micro.tokens(CONFIG.model, rows=4, width=129)
 
 def state_of(config):
     """Drawn weights that bfloat16 holds, so that nothing is rounded on the way between devices."""
-    _, params, bias = micro.parts(config.model)
+    params = micro.parts(config.model).params
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), params)
-    fields = {
-        "params": params,
-        "router_bias": bias,
-        "opt_state": make_optimizer(config.optim).init(params),
-        "ema": None,
-        "nonfinite": jnp.zeros((), jnp.int32),
-    }
-    places = config_layout(config, config_mesh(config)).shardings(fields)
-    arrays = jax.tree.map(lambda leaf, place: jax.device_put(np.array(leaf), place), fields, places)
-    return TrainState(**arrays, step=0, tokens=0)
+    return micro.train_state(config, params)
 
 
 def stepped(config):

@@ -3,13 +3,11 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsv3_jax.config import replace
-from dsv3_jax.train.optimizer import make_optimizer
-from dsv3_jax.train.state import TrainState, config_layout, config_mesh
+from dsv3_jax.train.state import config_layout, config_mesh
 from dsv3_jax.train.step import make_train_step
 from pallas_kernels.testing import assert_close
 from tests.dsv3_jax import micro, reference
@@ -36,17 +34,7 @@ COMBINATIONS = [
 
 def three_steps(config):
     """After one step and after three: the state on the host; metrics of the first."""
-    _, params, bias = micro.parts(config.model)
-    fields = {
-        "params": params,
-        "router_bias": bias,
-        "opt_state": make_optimizer(config.optim).init(params),
-        "ema": None,
-        "nonfinite": jnp.zeros((), jnp.int32),
-    }
-    places = config_layout(config, config_mesh(config)).shardings(fields)
-    arrays = jax.tree.map(lambda leaf, place: jax.device_put(np.array(leaf), place), fields, places)
-    state, step, seen = TrainState(**arrays, step=0, tokens=0), make_train_step(config), []
+    state, step, seen = micro.train_state(config), make_train_step(config), []
     for _ in range(3):
         state, metrics = step(state, ROWS)
         seen.append((jax.tree.map(np.array, state), jax.tree.map(np.array, metrics)))

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ConfigError, replace
-from dsv3_jax.train.optimizer import make_optimizer
-from dsv3_jax.train.state import TrainState, abstract_state, config_layout, config_mesh, init_state, model_of
+from dsv3_jax.train.state import TrainState, abstract_state, init_state, model_of
 from dsv3_jax.train.step import make_eval_step, make_train_step
 from pallas_kernels.testing import assert_close
 from tests.dsv3_jax import micro, reference
@@ -35,18 +34,9 @@ def step_of(config):
 
 
 def state_of(config, seed=0, **changes):
-    """A state with drawn weights, everything on the configuration's mesh. The step uses its buffers up."""
-    _, params, bias = micro.parts(config.model, seed)
-    fields = {
-        "params": params,
-        "router_bias": bias,
-        "opt_state": make_optimizer(config.optim).init(params),
-        "ema": micro.parts(config.model, seed + 7).params if config.train.ema_decay else None,
-        "nonfinite": jnp.zeros((), jnp.int32),
-    } | changes
-    places = config_layout(config, config_mesh(config)).shardings(fields)
-    arrays = jax.tree.map(lambda leaf, place: jax.device_put(np.array(leaf), place), fields, places)
-    return TrainState(**arrays, step=0, tokens=0)
+    """A state with drawn weights, and an average of other ones. The step uses its buffers up."""
+    ema = micro.parts(config.model, seed + 7).params if config.train.ema_decay else None
+    return micro.train_state(config, seed=seed, **{"ema": ema} | changes)
 
 
 def host(tree):
