@@ -264,6 +264,9 @@ class MeshConfig:
     pipe: int = 1
     expert: int = 1
     data: int = 1
+    schedule: Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"] = "1f1b"
+    """Of the pipeline, where ``pipe`` is above 1; see ``sharding.pipeline``. ``dualpipe`` holds two chunks of the model
+    on each device; ``dualpipev`` cuts the model into twice as many stages, two a device."""
     cluster: str = ""
     """Preset of configs/cluster whose layout gives the axes that are not given otherwise."""
     transport: Literal["padded", "counted", "ring", "two_hop"] = "counted"
