@@ -72,6 +72,7 @@ class DeepSeekV3(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         balance: BalanceLoss | None = None,
         remat: Remat = "none",
+        unroll: bool = False,
         cache: Cache | None = None,
         form: AttentionForm = "naive",
     ) -> tuple[Float[Array, "B T D"], MoEAux | None, Cache | None]:
@@ -84,8 +85,9 @@ class DeepSeekV3(nnx.Module):
         for name in ("dense", "moe"):
             if hasattr(self, name):
                 below = cache[name] if cache else None
+                blocks = getattr(self, name)
                 x, aux, above = run_blocks(
-                    getattr(self, name), x, positions, balance=balance, remat=remat, cache=below, form=form
+                    blocks, x, positions, balance=balance, remat=remat, unroll=unroll, cache=below, form=form
                 )
                 record = aux or record
                 if above is not None:
@@ -104,11 +106,12 @@ class DeepSeekV3(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         balance: BalanceLoss | None = None,
         remat: Remat = "none",
+        unroll: bool = False,
     ) -> Hidden:
         """States for training on rows of T + 1 tokens: the last token is only ever a target or an MTP input."""
         inputs = tokens[:, :-1]
         positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
-        raw, record, _ = self.trunk(inputs, positions, dtype=dtype, balance=balance, remat=remat)
+        raw, record, _ = self.trunk(inputs, positions, dtype=dtype, balance=balance, remat=remat, unroll=unroll)
         main = self.final_norm(raw)
         records, states = [record], []
         below = main if self.config.mtp_hidden == "post_norm" else raw

@@ -59,6 +59,11 @@ def dims_of(path: str, ndim: int) -> tuple[str, ...]:
     return ("layer",) * (ndim - len(dims)) + dims
 
 
+def stacked_layers(path: str, ndim: int) -> int:
+    """How many leading dims of a parameter are layers stacked."""
+    return dims_of(path, ndim).count("layer")
+
+
 def model_spec(path: str, shape: Sequence[int], mesh_sizes: Mapping[str, int]) -> PartitionSpec:
     """How the model's code sees a parameter: split as the table says, whole over every other axis.
 
@@ -75,11 +80,14 @@ def model_spec(path: str, shape: Sequence[int], mesh_sizes: Mapping[str, int]) -
     return _trimmed([axis if axis is not None and mesh_sizes[axis] > 1 else None for axis in axes])
 
 
-def zero_spec(shape: Sequence[int], spec: PartitionSpec, mesh_sizes: Mapping[str, int]) -> PartitionSpec:
+def zero_spec(
+    shape: Sequence[int], spec: PartitionSpec, mesh_sizes: Mapping[str, int], layers: int = 0
+) -> PartitionSpec:
     """How the optimizer sees a parameter: as the model does, and split further over the batch axes it is whole on.
 
     The first dim that all these axes together divide is split, else the first that the largest of them divides; a
-    parameter with neither stays whole.
+    parameter with neither stays whole. The leading dims of stacked ``layers`` come last: a layer's part of a share is
+    then one piece of memory, and can be gathered and scattered by itself.
     """
     parts: list[Any] = [*spec, *[None] * (len(shape) - len(spec))]
     taken = {axis for part in spec for axis in ((part,) if isinstance(part, str) else part or ())}
@@ -87,8 +95,8 @@ def zero_spec(shape: Sequence[int], spec: PartitionSpec, mesh_sizes: Mapping[str
     largest = tuple(sorted(free, key=lambda axis: -mesh_sizes[axis])[:1])
     for axes in (free, largest):
         count = math.prod(mesh_sizes[axis] for axis in axes)
-        for dim, size in enumerate(shape):
-            if axes and parts[dim] is None and size % count == 0:
+        for dim in (*range(layers, len(shape)), *range(layers)):
+            if axes and parts[dim] is None and shape[dim] % count == 0:
                 parts[dim] = axes if len(axes) > 1 else next(iter(axes))
                 return _trimmed(parts)
     return spec

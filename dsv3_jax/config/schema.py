@@ -183,6 +183,9 @@ class TrainConfig:
     8 bits (spec 11). Master weights and their gradients are float32 in all."""
     remat: Literal["none", "paper", "full"] = "none"
     """What the backward pass computes again: nothing; norms, MLA up-projections and SwiGLU (spec 12); each block."""
+    unroll: bool = False
+    """Layers as so many copies of the program, not as a loop over stacked weights: nothing is copied into stacks and
+    out of them, at the price of compile time that grows with depth."""
     loss_chunk: int = 2048
     """Tokens whose float32 logits exist at one time."""
     seed: int = 0

@@ -77,10 +77,11 @@ def run_blocks(
     *,
     balance: BalanceLoss | None = None,
     remat: Remat = "none",
+    unroll: bool = False,
     cache: LayerCache | None = None,
     form: AttentionForm = "naive",
 ) -> tuple[Float[Array, "B T D"], MoEAux | None, LayerCache | None]:
-    """All layers of a stack by one ``lax.scan``, so that compile time does not grow with depth.
+    """All layers of a stack by one ``lax.scan``, so that compile time does not grow with depth; or ``unroll``-ed.
 
     ``cache`` has a leading layer dim, as have the returned routing records and cache.
     """
@@ -94,7 +95,8 @@ def run_blocks(
         x, aux, layer_cache = block(x, positions, balance=balance, cache=layer_cache, form=form)
         return x, (aux, layer_cache)
 
-    x, (aux, cache) = lax.scan(rematerialize(layer, remat, scanned=True), x, (stacked, cache))
+    turn = rematerialize(layer, remat, scanned=not unroll)
+    x, (aux, cache) = lax.scan(turn, x, (stacked, cache), unroll=unroll)
     return x, aux, cache
 
 

@@ -22,7 +22,7 @@ from dsv3_jax.planning.activations import (
 from dsv3_jax.planning.shapes import block_shapes, parameter_shapes, router_bias_shapes
 from dsv3_jax.planning.stages import Schedule, Stages, stages_of
 from sharding.expert_parallel import ExpertParallel
-from sharding.rules import dims_of, model_spec, zero_spec
+from sharding.rules import dims_of, model_spec, stacked_layers, zero_spec
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _weights(config: Config, sizes: dict[str, int], stages: Stages) -> _Weights:
         if place == "stage":
             shape = (stages.stored, *shape[1:])
         whole_spec = model_spec(path, shape, sizes)
-        share_spec = zero_spec(shape, whole_spec, sizes)
+        share_spec = zero_spec(shape, whole_spec, sizes, stacked_layers(path, len(shape)))
         whole, share = _part(shape, whole_spec, sizes), _part(shape, share_spec, sizes)
         if place == "stage":
             whole = whole // stages.stored * stages.held

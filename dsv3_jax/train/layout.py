@@ -1,5 +1,6 @@
 """Where a run's arrays lie on its mesh: as the model's code sees weights, and as the optimizer keeps them (ZeRO-1)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.typing import DTypeLike
 from dsv3_jax.config import Config
 from dsv3_jax.model import Tree, abstract_model, split_model
 from sharding import zero
-from sharding.rules import dims_of, model_spec, zero_spec
+from sharding.rules import dims_of, model_spec, stacked_layers, zero_spec
 
 _SHARED_OUT = ("params", "opt_state", "ema")
 """Parts of a state that ZeRO-1 splits."""
@@ -24,7 +25,7 @@ class Layout:
     """
 
     def __init__(self, config: Config, mesh: Mesh | AbstractMesh):
-        self.mesh, self._sizes = mesh, dict(mesh.shape)
+        self.mesh, self._sizes, self._by_layer = mesh, dict(mesh.shape), config.train.unroll
         params = split_model(abstract_model(config.model)).params
         self.whole: Tree = _map(lambda path, leaf: model_spec(path, leaf.shape, self._sizes), params)
         """Of each parameter, what the model's code needs."""
@@ -34,7 +35,8 @@ class Layout:
         """Type in which a weight is gathered: that of the products it enters."""
 
     def _share(self, path: str, leaf: Any) -> PartitionSpec:
-        return zero_spec(leaf.shape, model_spec(path, leaf.shape, self._sizes), self._sizes)
+        whole = model_spec(path, leaf.shape, self._sizes)
+        return zero_spec(leaf.shape, whole, self._sizes, stacked_layers(path, leaf.ndim))
 
     def specs(self, state: Any) -> Any:
         """Specs of a state's arrays (a tree with the fields of ``TrainState``, of arrays or of shapes)."""
@@ -51,11 +53,23 @@ class Layout:
 
     def gather(self, params: Tree) -> Tree:
         """Inside ``shard_map``: the weights that the model's code needs, from every device's share."""
-        return jax.tree.map(zero.gather, params, self.share, self.whole, self.travel)
+        return self._move(zero.gather, params, self.share, self.whole, self.travel)
 
     def scatter(self, grads: Tree) -> Tree:
         """Inside ``shard_map``: this device's share of the sum of all devices' gradients."""
-        return jax.tree.map(zero.scatter, grads, self.share, self.whole)
+        return self._move(zero.scatter, grads, self.share, self.whole)
+
+    def _move(self, move: Callable[..., jax.Array], tree: Tree, share: Tree, whole: Tree, *more: Tree) -> Tree:
+        """``move`` of every array; of unrolled layers one by one, so that each waits for its own layer alone."""
+
+        def one(path: str, x: jax.Array, share: PartitionSpec, whole: PartitionSpec, *more: Any) -> jax.Array:
+            alike = [*share, None][0] == [*whole, None][0]
+            if share == whole or not (self._by_layer and stacked_layers(path, x.ndim) and alike):
+                return move(x, share, whole, *more)
+            inside = PartitionSpec(*share[1:]), PartitionSpec(*whole[1:])
+            return jnp.stack([move(layer, *inside, *more) for layer in x])
+
+        return _map(one, tree, share, whole, *more)
 
     def global_norm(self, shares: Tree) -> jax.Array:
         """Inside ``shard_map``: the L2 norm of arrays laid out as shares."""
@@ -68,8 +82,8 @@ def _travel_dtype(path: str, ndim: int, config: Config) -> DTypeLike:
     return jnp.float32 if float32 else jnp.bfloat16
 
 
-def _map(function: Any, tree: Any) -> Any:
-    def named(path: Any, leaf: Any) -> Any:
-        return function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+def _map(function: Any, tree: Any, *rest: Any) -> Any:
+    def named(path: Any, *leaves: Any) -> Any:
+        return function(jax.tree_util.keystr(path, simple=True, separator="/"), *leaves)
 
-    return jax.tree_util.tree_map_with_path(named, tree)
+    return jax.tree_util.tree_map_with_path(named, tree, *rest)

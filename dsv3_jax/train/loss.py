@@ -127,7 +127,7 @@ def training_loss(
     routes = config.model.n_moe_layers or config.model.num_nextn_predict_layers
     balance = functools.partial(balance_loss, loss=config.loss) if routes else None
     tokens_or_pad, tokens = tokens, jnp.maximum(tokens, 0)
-    states = model.hidden(tokens, dtype=dtype, balance=balance, remat=train.remat)
+    states = model.hidden(tokens, dtype=dtype, balance=balance, remat=train.remat, unroll=train.unroll)
     weights = has_label(tokens_or_pad).astype(jnp.float32) / label_total
     head = model.head_weight()
     main = _head_loss(states.main, head, tokens[:, 1:], weights, train.loss_chunk)

@@ -236,8 +236,10 @@ def test_inputs_of_linear_layers_and_of_swiglu_are_kept_in_8_bits(stack):
     attention, shared, routed = size + latents, size + 2 * width, size + 2 * width
     kept = sum(int(np.prod(shape)) for shape in codes.elements())
     assert kept == LAYERS * (tokens * (attention + shared) + rows * routed)
-    wide = [leaf.shape for leaf in residuals if leaf.dtype == jnp.bfloat16 and leaf.shape[-1] == 2 * width]
-    assert wide == [(LAYERS, rows, size)], "only the experts' output, which the gate's gradient reads"
+    wide = [leaf.shape for leaf in residuals if leaf.dtype == jnp.bfloat16 and leaf.shape[-1] == size]
+    stream = (LAYERS, BATCH, TOKENS, size)
+    expected = [stream, stream, (LAYERS, rows, size)]
+    assert wide == expected, "what norms read, and the experts' output, which the gate's gradient reads"
 
 
 def test_only_weights_are_quantized_in_blocks_and_only_before_the_blocks_run(stack, monkeypatch):
