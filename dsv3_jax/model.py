@@ -112,11 +112,24 @@ class DeepSeekV3(nnx.Module):
         inputs = tokens[:, :-1]
         positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
         raw, record, _ = self.trunk(inputs, positions, dtype=dtype, balance=balance, remat=remat, unroll=unroll)
+        return self.ending(raw, tokens, record, balance=balance, remat=remat)
+
+    def ending(
+        self,
+        raw: Float[Array, "B T D"],
+        tokens: Int[Array, "B T1"],
+        record: MoEAux | None = None,
+        *,
+        balance: BalanceLoss | None = None,
+        remat: Remat = "none",
+    ) -> Hidden:
+        """What of :meth:`hidden` comes after the trunk, whose output is ``raw`` and whose routing record ``record``."""
+        positions = jnp.broadcast_to(jnp.arange(raw.shape[1]), raw.shape[:2])
         main = self.final_norm(raw)
         records, states = [record], []
         below = main if self.config.mtp_hidden == "post_norm" else raw
         for depth, module in enumerate(self.mtp, start=1):
-            ahead = self.embedding(tokens[:, depth:], dtype)
+            ahead = self.embedding(tokens[:, depth:], raw.dtype)
             length = ahead.shape[1]
             below, normed, aux = module(below[:, :length], ahead, positions[:, :length], balance=balance, remat=remat)
             states.append(normed)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv3_jax.config import Config
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.nn.balance import balance_loss
+from dsv3_jax.nn.moe import BalanceLoss, MoEAux
 from pallas_kernels.precision import matmul_precision
 
 
@@ -123,11 +124,45 @@ def training_loss(
     k has fewer (eq 24). Balance losses average over sequences and sum over routers.
     """
     train = config.train
+    inputs = jnp.maximum(tokens, 0)
     dtype = activation_dtype(train.precision)
+    raw, record, _ = model.trunk(
+        inputs[:, :-1], dtype=dtype, balance=balance_of(config), remat=train.remat, unroll=train.unroll
+    )
+    return end_losses(
+        model,
+        raw,
+        tokens,
+        config,
+        record,
+        mtp_weight=mtp_weight,
+        label_total=label_total,
+        sequence_total=sequence_total,
+    )
+
+
+def balance_of(config: Config) -> BalanceLoss | None:
+    """The balance losses of one router; None where nothing routes."""
     routes = config.model.n_moe_layers or config.model.num_nextn_predict_layers
-    balance = functools.partial(balance_loss, loss=config.loss) if routes else None
+    return functools.partial(balance_loss, loss=config.loss) if routes else None
+
+
+def end_losses(
+    model: DeepSeekV3,
+    raw: Float[Array, "B T D"],
+    tokens: Int[Array, "B T1"],
+    config: Config,
+    record: MoEAux | None = None,
+    *,
+    mtp_weight: Float[Array, ""],
+    label_total: Float[Array, ""],
+    sequence_total: Float[Array, ""],
+) -> Losses:
+    """:func:`training_loss` from the trunk's output and routing record; without the record, balance losses and counts
+    are those of MTP's routers alone."""
+    train = config.train
     tokens_or_pad, tokens = tokens, jnp.maximum(tokens, 0)
-    states = model.hidden(tokens, dtype=dtype, balance=balance, remat=train.remat, unroll=train.unroll)
+    states = model.ending(raw, tokens, record, balance=balance_of(config), remat=train.remat)
     weights = has_label(tokens_or_pad).astype(jnp.float32) / label_total
     head = model.head_weight()
     main = _head_loss(states.main, head, tokens[:, 1:], weights, train.loss_chunk)
