@@ -47,13 +47,13 @@ class Block(nnx.Module):
         form: AttentionForm = "naive",
     ) -> tuple[Float[Array, "B T D"], MoEAux | None, LayerCache | None]:
         """The block's output, its routing record where it routes, and its cache where one was given."""
-        attended, cache = self.attention(self.attention_norm(x), positions, cache, form)
+        normed = self.attention.prepare(x, self.attention_norm)
+        attended, cache = self.attention(normed, positions, cache, form)
         x = checkpoint_name(x + attended, "residual")
-        normed = self.ffn_norm(x)
         if self.is_moe:
-            out, aux = self.moe(normed, balance)
+            out, aux = self.moe(self.moe.prepare(x, self.ffn_norm), balance)
         else:
-            out, aux = self.ffn(normed), None
+            out, aux = self.ffn(self.ffn.prepare(x, self.ffn_norm)), None
         return x + out, aux, cache
 
 

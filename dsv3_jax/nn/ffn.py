@@ -7,7 +7,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.nn.fp8 import Quantized
 from dsv3_jax.nn.linear import Linear
+from dsv3_jax.nn.norm import RMSNorm
 
 
 def swiglu(gate_up: Float[Array, "*rows F2"]) -> Float[Array, "*rows F"]:
@@ -23,6 +25,10 @@ class FeedForward(nnx.Module):
         self.gate_up = Linear(config, config.hidden_size, 2 * width, rngs=rngs)
         self.down = Linear(config, width, config.hidden_size, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    def prepare(self, x: Float[Array, "*rows D"], norm: RMSNorm) -> Float[Array, "*rows D"] | Quantized:
+        """``norm(x)`` as the network reads it."""
+        return self.gate_up.prepare(x, norm)
+
+    def __call__(self, x: Float[Array, "*rows D"] | Quantized) -> Float[Array, "*rows D"]:
         """``down(silu(gate(x)) * up(x))``."""
         return self.down(swiglu(checkpoint_name(self.gate_up(x), "gate_up")))

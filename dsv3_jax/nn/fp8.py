@@ -18,6 +18,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.fp8_gemm import fp8_gemm, fp8_wgrad
 from pallas_kernels.grouped_fp8_gemm import grouped_fp8_gemm, grouped_fp8_wgrad
+from pallas_kernels.norm_quantize import norm_quantize
+from pallas_kernels.permute import Plan, permute, permute_tiles
 from pallas_kernels.quantize import Tiles, Weight, quantize_both, quantize_rows, quantize_weight, requantize_columns
 from pallas_kernels.quantize.reference import TILE, pad_to_tiles
 
@@ -69,7 +71,7 @@ class Quantized:
     """Rows as an FP8 product reads them, and the array they were made from, which receives the gradient."""
 
     source: Any
-    """``[*rows, K]``; read by no FP8 product."""
+    """``[*rows, K]``; read by no FP8 product, so that zeros may stand for it."""
     tiles: Any
     """1 x 128 tiles, ``q [M, K]`` and ``scale [KB, M]``, M padded with zero rows to a multiple of 128."""
     power_of_two: bool = dataclasses.field(metadata={"static": True})
@@ -134,6 +136,28 @@ def quantize(x: Float[Array, "*rows K"], *, power_of_two: bool = False) -> Quant
     return Quantized(x, Tiles(tiles.q[:, : x.shape[-1]], tiles.scale), power_of_two)
 
 
+def normalize(
+    x: Float[Array, "*rows K"],
+    scale: Float[Array, " K"],
+    eps: float,
+    *,
+    power_of_two: bool = False,
+    with_output: bool = False,
+) -> Quantized:
+    """:func:`quantize` of RMSNorm's output in one pass; ``x`` alone is kept, from which the backward normalizes again.
+
+    Without ``with_output`` zeros stand for the output, which is then never written.
+    """
+    x_MK = x.reshape(-1, x.shape[-1])
+    tiles, y = norm_quantize(pad_rows(x_MK), scale, eps=eps, power_of_two=power_of_two, with_output=with_output)
+    return Quantized(y[: x_MK.shape[0]].reshape(x.shape), tiles, power_of_two)
+
+
+def sort_rows(x: Quantized, plan: Plan) -> Quantized:
+    """``x [T, K]`` as the plan sorts it by expert: the tiles move, the source is there for its gradient."""
+    return Quantized(permute(x.source, plan), permute_tiles(x.tiles, plan), x.power_of_two)
+
+
 def linear(x: Quantized, weight: FP8Weight) -> Float[Array, "*rows N"]:
     """``x @ weight``, in the dtype of what ``x`` was made from.
 
@@ -185,6 +209,11 @@ def wgrad(x: Tiles, dy: Tiles, groups: Groups | None, num_groups: int = 1) -> Fl
 def gradient(dw: Float[Array, "..."]) -> FP8Weight:
     """The cotangent of an :class:`FP8Weight`: the master's."""
     return FP8Weight(dw, None)
+
+
+def pad_rows(x_MK: Float[Array, "M K"]) -> Float[Array, "M2 K"]:
+    """Zero rows after the last, up to a multiple of 128."""
+    return jnp.pad(x_MK, ((0, -x_MK.shape[0] % ROWS), (0, 0)))
 
 
 def trim(y_MN: Array, rows: tuple[int, ...], columns: int) -> Float[Array, "*rows N"]:

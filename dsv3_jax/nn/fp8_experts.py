@@ -6,29 +6,39 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from dsv3_jax.nn.fp8 import ROWS, Codes, FP8Weight, Groups, Quantized, gemm, gradient, quantize, trim, wgrad
+from dsv3_jax.nn.fp8 import (
+    ROWS,
+    Codes,
+    FP8Weight,
+    Groups,
+    Quantized,
+    gemm,
+    gradient,
+    quantize,
+    sort_rows,
+    trim,
+    wgrad,
+)
+from pallas_kernels.permute import Plan
 from pallas_kernels.quantize import Tiles, quantize_both, requantize_columns
 from pallas_kernels.quantize.reference import pad_to_tiles
-from pallas_kernels.swiglu_quantize import swiglu_backward, swiglu_quantize
+from pallas_kernels.swiglu_quantize import swiglu_backward_quantize, swiglu_quantize
 
 
 def fp8_experts(
-    params: tuple[FP8Weight, FP8Weight],
-    rows_MD: Float[Array, "M D"],
-    group_of_block: Int[Array, " NB"],
-    num_blocks: Int[Array, ""],
-    block: int,
+    params: tuple[FP8Weight, FP8Weight], x: Float[Array, "R D"] | Quantized, plan: Plan
 ) -> Float[Array, "M D"]:
-    """One rank's routed experts, :func:`dsv3_jax.nn.moe.swiglu_experts` in FP8.
+    """One rank's routed experts, :func:`dsv3_jax.nn.moe.swiglu_experts` in FP8; tokens are quantized, then sorted.
 
     Raises:
         ValueError: blocks of other than 128 rows, which share their scales in the weight gradient.
     """
-    if block != ROWS:
-        raise ValueError(f"fp8_experts: rows of an expert come in blocks of {ROWS}, got {block}")
-    return expert_network(quantize(rows_MD, power_of_two=True), *params, Groups(group_of_block, num_blocks))
+    if plan.block != ROWS:
+        raise ValueError(f"fp8_experts: rows of an expert come in blocks of {ROWS}, got {plan.block}")
+    tokens = x if isinstance(x, Quantized) else quantize(x, power_of_two=True)
+    return expert_network(sort_rows(tokens, plan), *params, Groups(plan.group_of_block, plan.num_blocks))
 
 
 def expert_network(
@@ -77,9 +87,8 @@ def _backward(kept: _Kept, dy: Array) -> tuple[Array, None, FP8Weight, FP8Weight
     dim_d, width, experts = dy.shape[-1], stored.q.shape[1], gate_up.q.shape[0]
     dy_rows, dy_columns = quantize_both(pad_to_tiles(dy.reshape(-1, dim_d), 2), power_of_two=True)
     dout_MI = gemm(dy_rows, down, groups, dy.dtype)[:, : width // 2]
-    dhidden_MF, activated_columns = swiglu_backward(stored, dout_MI)
+    dh_rows, dh_columns, activated_columns = swiglu_backward_quantize(stored, dout_MI)
     ddown = wgrad(activated_columns, dy_columns, groups, experts)
-    dh_rows, dh_columns = quantize_both(pad_to_tiles(dhidden_MF, 2))
     dx_MD = gemm(dh_rows, gate_up, groups, dy.dtype)
     dgate_up = wgrad(requantize_columns(tiles.q, tiles.scale, True), dh_columns, groups, experts)
     dx = trim(dx_MD, dy.shape[:-1], tiles.q.shape[1])

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.nn import fp8
 from dsv3_jax.nn.fp8 import FP8Weight, Quantized
+from dsv3_jax.nn.norm import RMSNorm
 from pallas_kernels.precision import matmul_precision
 
 
@@ -78,10 +79,15 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init_weight(config, rngs, size_in, size_out))
 
     def prepare(
-        self, x: Float[Array, "*rows in_"], *, power_of_two: bool = False
+        self, x: Float[Array, "*rows in_"], norm: RMSNorm | None = None
     ) -> Float[Array, "*rows in_"] | Quantized:
-        """``x`` as the product reads it: in FP8 where the weight is, for one or several layers that read the same."""
-        return fp8.quantize(x, power_of_two=power_of_two) if isinstance(self.kernel.get_value(), FP8Weight) else x
+        """``x``, or ``norm(x)``, as the product reads it, for one or several layers that read the same.
+
+        Where the weight is in FP8 it is tiles, and of a norm's output nothing else.
+        """
+        if not isinstance(self.kernel.get_value(), FP8Weight):
+            return x if norm is None else norm(x)
+        return fp8.quantize(x) if norm is None else fp8.normalize(x, norm.scale[...], norm.eps)
 
     def __call__(self, x: Float[Array, "*rows in_"] | Quantized) -> Float[Array, "*rows out"]:
         """The product, in x's dtype."""

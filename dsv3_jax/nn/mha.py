@@ -4,15 +4,15 @@ import functools
 
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.nn.attention import LayerCache, masked_softmax, visible, write_cache
+from dsv3_jax.nn.attention import LayerCache, attend_and_project, masked_softmax, visible, write_cache
+from dsv3_jax.nn.fp8 import Quantized
 from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.mla import AttentionForm
+from dsv3_jax.nn.norm import RMSNorm
 from dsv3_jax.nn.rope import rotate, rotation, softmax_scale
-from pallas_kernels.attention import causal_attention
 from pallas_kernels.precision import matmul_precision
 
 
@@ -29,9 +29,13 @@ class MHA(nnx.Module):
         self.value = Linear(config, config.hidden_size, kv_width, rngs=rngs)
         self.out = Linear(config, width, config.hidden_size, rngs=rngs)
 
+    def prepare(self, x: Float[Array, "B T D"], norm: RMSNorm) -> Float[Array, "B T D"] | Quantized:
+        """``norm(x)`` as the input projections read it."""
+        return self.query.prepare(x, norm)
+
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[Array, "B T D"] | Quantized,
         positions: Int[Array, "B T"],
         cache: LayerCache | None = None,
         form: AttentionForm = "naive",
@@ -40,17 +44,14 @@ class MHA(nnx.Module):
         del form
         config, cos_sin = self.config, rotation(self.config, positions)
         heads = (*x.shape[:2], -1, config.head_dim)
-        inputs = self.query.prepare(x)
+        inputs = x if isinstance(x, Quantized) else self.query.prepare(x)
         q_BTNH = rotate(self.query(inputs).reshape(heads), cos_sin, interleave=config.rope_interleave)
         k_BTNH = rotate(self.key(inputs).reshape(heads), cos_sin, interleave=config.rope_interleave)
         v_BTNH = self.value(inputs).reshape(heads)
         if cache is None:
-            o_BTNH = causal_attention(q_BTNH, k_BTNH, v_BTNH, scale=self.scale)
-        else:
-            cache = write_cache(cache, k_BTNH, v_BTNH, positions)
-            o_BTNH = self._attend(q_BTNH, cache, positions)
-        o_BTX = checkpoint_name(o_BTNH.reshape(*x.shape[:2], -1), "attention")
-        return self.out(self.out.prepare(o_BTX, power_of_two=True)), cache
+            return attend_and_project(q_BTNH, k_BTNH, v_BTNH, self.out, scale=self.scale), None
+        cache = write_cache(cache, k_BTNH, v_BTNH, positions)
+        return self.out(self._attend(q_BTNH, cache, positions).reshape(*x.shape[:2], -1)), cache
 
     def _attend(
         self, q_BTNH: Float[Array, "B T N H"], cache: LayerCache, positions: Int[Array, "B T"]

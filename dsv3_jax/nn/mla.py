@@ -9,12 +9,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.nn.attention import LayerCache, masked_softmax, visible, write_cache
+from dsv3_jax.nn.attention import LayerCache, attend_and_project, masked_softmax, visible, write_cache
 from dsv3_jax.nn.fp8 import Quantized
 from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.norm import RMSNorm
 from dsv3_jax.nn.rope import rotate, rotation, softmax_scale
-from pallas_kernels.attention import causal_attention
 from pallas_kernels.precision import matmul_precision
 
 AttentionForm = Literal["naive", "absorbed"]
@@ -46,12 +45,16 @@ class MLA(nnx.Module):
         self.kv_up = Linear(config, config.kv_lora_rank, heads * kv_width, rngs=rngs)
         self.out = Linear(config, heads * config.v_head_dim, config.hidden_size, rngs=rngs)
 
+    def prepare(self, x: Float[Array, "B T D"], norm: RMSNorm) -> Float[Array, "B T D"] | Quantized:
+        """``norm(x)`` as the input projections read it."""
+        return self.kv_down.prepare(x, norm)
+
     def queries(
         self, x: Float[Array, "B T D"] | Quantized, positions: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T N U"], Float[Array, "B T N R"]]:
         """Query parts without and with RoPE."""
         config = self.config
-        latent = self.q_norm(checkpoint_name(self.q_down(x), "latent")) if config.q_lora_rank else x
+        latent = self.q_up.prepare(checkpoint_name(self.q_down(x), "latent"), self.q_norm) if config.q_lora_rank else x
         q_BTNH = self.q_up(latent).reshape(*x.shape[:2], config.num_attention_heads, config.qk_head_dim)
         q_BTNU, q_BTNR = jnp.split(q_BTNH, [config.qk_nope_head_dim], axis=-1)
         return q_BTNU, rotate(q_BTNR, rotation(config, positions), interleave=config.rope_interleave)
@@ -59,17 +62,17 @@ class MLA(nnx.Module):
     def latents(
         self, x: Float[Array, "B T D"] | Quantized, positions: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B T R"]]:
-        """What a cache holds: the normalized latent, and the rotated key all heads share (not normalized)."""
+        """The latent before its norm, and the rotated key all heads share (not normalized)."""
         config = self.config
         down_BTX = checkpoint_name(self.kv_down(x), "latent")
         ckv_BTC, key_BTR = jnp.split(down_BTX, [config.kv_lora_rank], axis=-1)
         key_BT1R = rotate(key_BTR[:, :, None], rotation(config, positions), interleave=config.rope_interleave)
-        return self.kv_norm(ckv_BTC), key_BT1R[:, :, 0]
+        return ckv_BTC, key_BT1R[:, :, 0]
 
     def expand(
-        self, ckv_BSC: Float[Array, "B S C"], key_BSR: Float[Array, "B S R"]
+        self, ckv_BSC: Float[Array, "B S C"] | Quantized, key_BSR: Float[Array, "B S R"]
     ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N W"]]:
-        """Keys and values of every head from what a cache holds."""
+        """Keys and values of every head from what a cache holds: the normalized latent and the shared key."""
         config = self.config
         heads = config.num_attention_heads
         kv_BSNX = self.kv_up(ckv_BSC).reshape(*ckv_BSC.shape[:2], heads, config.qk_nope_head_dim + config.v_head_dim)
@@ -79,25 +82,23 @@ class MLA(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[Array, "B T D"] | Quantized,
         positions: Int[Array, "B T"],
         cache: LayerCache | None = None,
         form: AttentionForm = "naive",
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Causal attention within x, or over ``cache`` and x, whose latents are then written to the cache."""
-        inputs = self.kv_down.prepare(x)
+        inputs = x if isinstance(x, Quantized) else self.kv_down.prepare(x)
         q_BTNU, q_BTNR = self.queries(inputs, positions)
         ckv_BTC, key_BTR = self.latents(inputs, positions)
         if cache is None:
-            k_BTNH, v_BTNW = self.expand(ckv_BTC, key_BTR)
+            k_BTNH, v_BTNW = self.expand(self.kv_up.prepare(ckv_BTC, self.kv_norm), key_BTR)
             q_BTNH = jnp.concatenate([q_BTNU, q_BTNR], axis=-1)
-            o_BTNW = causal_attention(q_BTNH, k_BTNH, v_BTNW, scale=self.scale)
-        else:
-            cache = write_cache(cache, ckv_BTC, key_BTR, positions)
-            attend = self._attend_absorbed if form == "absorbed" else self._attend_naive
-            o_BTNW = attend(q_BTNU, q_BTNR, cache, positions)
-        o_BTX = checkpoint_name(o_BTNW.reshape(*x.shape[:2], -1), "attention")
-        return self.out(self.out.prepare(o_BTX, power_of_two=True)), cache
+            return attend_and_project(q_BTNH, k_BTNH, v_BTNW, self.out, scale=self.scale), None
+        cache = write_cache(cache, self.kv_norm(ckv_BTC), key_BTR, positions)
+        attend = self._attend_absorbed if form == "absorbed" else self._attend_naive
+        o_BTNW = attend(q_BTNU, q_BTNR, cache, positions)
+        return self.out(o_BTNW.reshape(*x.shape[:2], -1)), cache
 
     def _attend_naive(
         self, q_BTNU: Array, q_BTNR: Array, cache: LayerCache, positions: Int[Array, "B T"]

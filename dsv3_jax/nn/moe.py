@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,13 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.nn import fp8
 from dsv3_jax.nn.ffn import FeedForward, swiglu
+from dsv3_jax.nn.fp8 import Quantized
 from dsv3_jax.nn.fp8_experts import expert_network, fp8_experts
 from dsv3_jax.nn.linear import init_weight
+from dsv3_jax.nn.norm import RMSNorm
 from dsv3_jax.nn.router import Router, Routing, count_experts
 from pallas_kernels.grouped_gemm import grouped_gemm
+from pallas_kernels.permute import Plan, permute
 from sharding.expert_parallel import ExpertParallel, routed
 
 BalanceLoss = Callable[[Routing], Float[Array, ""]]
@@ -48,24 +51,33 @@ class MoE(nnx.Module):
         if config.n_shared_experts:
             self.shared = FeedForward(config, config.n_shared_experts * width, rngs=rngs)
 
+    def prepare(self, x: Float[Array, "B T D"], norm: RMSNorm) -> Float[Array, "B T D"] | Quantized:
+        """``norm(x)`` as the layer reads it: in FP8 also as tiles, which all experts share."""
+        if not isinstance(self.gate_up.get_value(), fp8.FP8Weight):
+            return norm(x)
+        return fp8.normalize(x, norm.scale[...], norm.eps, power_of_two=True, with_output=True)
+
     def __call__(
-        self, x: Float[Array, "B T D"], balance: BalanceLoss | None = None
+        self, x: Float[Array, "B T D"] | Quantized, balance: BalanceLoss | None = None
     ) -> tuple[Float[Array, "B T D"], MoEAux]:
         """Shared plus routed experts' output, and the routing record, its loss made by ``balance``."""
-        routing = self.router(x)
+        if isinstance(self.gate_up.get_value(), fp8.FP8Weight) and not isinstance(x, Quantized):
+            x = fp8.quantize(x, power_of_two=True)
+        routing = self.router(x.source if isinstance(x, Quantized) else x)
         out = self.routed(x, routing)
         if self.config.n_shared_experts:
             out = out + self._shared(x)
         loss = balance(routing) if balance else jnp.zeros((), jnp.float32)
         return out, MoEAux(loss, count_experts(routing.experts, self.config.n_routed_experts))
 
-    def _shared(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate_up, down = self.shared.gate_up.kernel.get_value(), self.shared.down.kernel.get_value()
-        if isinstance(gate_up, fp8.FP8Weight) and isinstance(down, fp8.FP8Weight):
-            return expert_network(fp8.quantize(x, power_of_two=True), gate_up, down)
-        return self.shared(x)
+    def _shared(self, x: Float[Array, "B T D"] | Quantized) -> Float[Array, "B T D"]:
+        if not isinstance(x, Quantized):
+            return self.shared(x)
+        gate_up: Any = self.shared.gate_up.kernel.get_value()
+        down: Any = self.shared.down.kernel.get_value()
+        return expert_network(x, gate_up, down)
 
-    def routed(self, x: Float[Array, "B T D"], routing: Routing) -> Float[Array, "B T D"]:
+    def routed(self, x: Float[Array, "B T D"] | Quantized, routing: Routing) -> Float[Array, "B T D"]:
         """Sum over a token's experts of gate value times expert output.
 
         Raises:
@@ -77,33 +89,33 @@ class MoE(nnx.Module):
                 f"weights of {local} experts on each of {self.placement.size} ranks, the model has {experts}"
             )
         chosen = routing.experts.shape[-1]
-        x_TD = x.reshape(-1, size)
-        params = (self.gate_up.get_value(), self.down.get_value())
-        in_fp8 = isinstance(params[0], fp8.FP8Weight)
+        source = x.source if isinstance(x, Quantized) else x
+        x_TD = source.reshape(-1, size)
+        rows = x_TD.shape[0] * chosen
+        in_fp8 = isinstance(x, Quantized)
+        # Tiles stay with one rank; between ranks rows travel in their own form.
+        tokens = Quantized(x_TD, x.tiles, x.power_of_two) if in_fp8 and self.placement.size == 1 else x_TD
         out_TD = routed(
-            x_TD,
+            tokens,
             routing.experts.reshape(-1, chosen),
             routing.weights.reshape(-1, chosen),
-            params,
+            (self.gate_up.get_value(), self.down.get_value()),
             fp8_experts if in_fp8 else swiglu_experts,
             num_experts=experts,
-            block=fp8.ROWS if in_fp8 else block_rows(x_TD.shape[0] * chosen, local),
+            block=fp8.ROWS if in_fp8 else block_rows(rows, local),
             placement=self.placement,
         )
         return out_TD.reshape(x.shape)
 
 
 def swiglu_experts(
-    params: tuple[Float[Array, "E D I2"], Float[Array, "E I D"]],
-    rows_MD: Float[Array, "M D"],
-    group_of_block: Int[Array, " NB"],
-    num_blocks: Int[Array, ""],
-    block: int,
+    params: tuple[Float[Array, "E D I2"], Float[Array, "E I D"]], x_RD: Float[Array, "R D"], plan: Plan
 ) -> Float[Array, "M D"]:
-    """Gate, up and down of one rank's experts on rows sorted by expert."""
+    """Gate, up and down of one rank's experts on the plan's rows of ``x_RD``."""
     gate_up_EDI, down_EID = params
-    gemm = functools.partial(grouped_gemm, group_of_block=group_of_block, block=block, num_blocks=num_blocks)
-    hidden_MI = swiglu(checkpoint_name(gemm(rows_MD, gate_up_EDI), "gate_up"))
+    blocks = {"group_of_block": plan.group_of_block, "block": plan.block, "num_blocks": plan.num_blocks}
+    gemm = functools.partial(grouped_gemm, **blocks)
+    hidden_MI = swiglu(checkpoint_name(gemm(permute(x_RD, plan), gate_up_EDI), "gate_up"))
     return gemm(hidden_MI, down_EID)
 
 

@@ -4,6 +4,8 @@
 unknown JAX version that has moved it gets a clear message instead of an import error.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -31,7 +33,8 @@ def obstacle(q_BTNH: Array, k_BSNH: Array, v_BSNW: Array, q_offset: object) -> s
         from jax._src.cudnn import fused_attention_stablehlo as fused
 
         version = fused.check_cudnn_version()
-        _ = fused.dot_product_attention, fused.MaskType.CAUSAL
+        _ = fused.dot_product_attention, fused.MaskType.CAUSAL, fused.AttentionLayout.BTNH
+        _ = fused._dot_product_attention_bwd_rule
     except (ImportError, AttributeError):
         return f"{_MODULE} is not as expected in jax {jax.__version__}"
     except RuntimeError as error:
@@ -47,3 +50,27 @@ def causal_attention(q_BTNH: Array, k_BSNH: Array, v_BSNW: Array, *, scale: floa
 
     out = fused.dot_product_attention(q_BTNH, k_BSNH, v_BSNW, scale=scale, mask_type=fused.MaskType.CAUSAL)
     return jnp.asarray(out[0] if isinstance(out, tuple | list) else out)
+
+
+def forward(q_BTNH: Array, k_BSNH: Array, v_BSNW: Array, *, scale: float) -> tuple[Array, Array]:
+    """The output and the softmax's logarithmic sums ``[B, N, T]``, which ``backward`` reads; no gradient of its own."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    causal = {"mask_type": fused.MaskType.CAUSAL, "return_residual": True}
+    made: Any = fused.dot_product_attention(q_BTNH, k_BSNH, v_BSNW, scale=scale, **causal)
+    return made[0], made[1]
+
+
+def backward(
+    q_BTNH: Array, k_BSNH: Array, v_BSNW: Array, o_BTNW: Array, sums_BNT: Array, do_BTNW: Array, *, scale: float
+) -> tuple[Array, Array, Array]:
+    """Gradients of queries, keys and values from what ``forward`` returned, the output as it was stored since."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    unused = (jnp.zeros(0, q_BTNH.dtype),) * 7  # bias, lengths, offsets, page tables
+    saved = (q_BTNH, k_BSNH, v_BSNW, *unused, sums_BNT, o_BTNW)
+    no_dropout_no_bias = (42, 0.0, (False, False))
+    whole_window, version = None, fused.check_cudnn_version()
+    how = (*no_dropout_no_bias, fused.MaskType.CAUSAL, fused.AttentionLayout.BTNH.value, whole_window, version, False)
+    dq, dk, dv, *_ = fused._dot_product_attention_bwd_rule(scale, *how, saved, do_BTNW)
+    return dq, dk, dv

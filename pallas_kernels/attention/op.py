@@ -1,4 +1,4 @@
-"""``causal_attention``: the public function and the choice of implementation."""
+"""``causal_attention``, and its two halves for layers with a gradient of their own; the choice of implementation."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -39,3 +39,44 @@ def causal_attention(
     if dispatch.choose("causal_attention", implementation, obstacles) == "cudnn":
         return cudnn.causal_attention(q_BTNH, k_BSNH, v_BSNW, scale=scale)
     return xla.causal_attention(q_BTNH, k_BSNH, v_BSNW, scale=scale, q_offset=jnp.asarray(q_offset))
+
+
+def attention_forward(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTNH: Float[Array, "B T J H"],
+    v_BTNW: Float[Array, "B T J W"],
+    *,
+    scale: float,
+    implementation: dispatch.AttentionImplementation = "auto",
+) -> tuple[Float[Array, "B T N W"], Float[Array, "B N T"] | None]:
+    """:func:`causal_attention` within one sequence, and what :func:`attention_backward` reads beside the output."""
+    obstacles = {"cudnn": cudnn.obstacle(q_BTNH, k_BTNH, v_BTNW, 0)}
+    if dispatch.choose("attention_forward", implementation, obstacles) == "cudnn":
+        return cudnn.forward(q_BTNH, k_BTNH, v_BTNW, scale=scale)
+    return causal_attention(q_BTNH, k_BTNH, v_BTNW, scale=scale, implementation="xla"), None
+
+
+def attention_backward(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTNH: Float[Array, "B T J H"],
+    v_BTNW: Float[Array, "B T J W"],
+    o_BTNW: Float[Array, "B T N W"],
+    sums_BNT: Float[Array, "B N T"] | None,
+    do_BTNW: Float[Array, "B T N W"],
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T J H"], Float[Array, "B T J W"]]:
+    """Gradients of queries, keys and values from the output that the forward stored, maybe with fewer bits.
+
+    Args:
+        q_BTNH: queries.
+        k_BTNH: keys.
+        v_BTNW: values.
+        o_BTNW: the output of :func:`attention_forward`. Its product with ``do_BTNW`` is all that is read of it.
+        sums_BNT: its second result, which also says which implementation ran.
+        do_BTNW: gradient of the output.
+        scale: as in the forward.
+    """
+    if sums_BNT is None:
+        return xla.causal_backward(q_BTNH, k_BTNH, v_BTNW, o_BTNW, do_BTNW, scale=scale)
+    return cudnn.backward(q_BTNH, k_BTNH, v_BTNW, o_BTNW, sums_BNT, do_BTNW, scale=scale)

@@ -6,9 +6,11 @@ the permutation, every gradient here is a gather again.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.permute.plan import Plan
+from pallas_kernels.quantize.reference import Tiles
 
 
 def _take_rows(rows: Array, index: Array) -> Array:
@@ -77,6 +79,27 @@ def permute(x_TD: Float[Array, "T D"], plan: Plan) -> Float[Array, "M D"]:
     if plan.row_of_pair_TK.shape[0] != x_TD.shape[0]:
         raise ValueError(f"permute: the plan is for {plan.row_of_pair_TK.shape[0]} tokens, x_TD has {x_TD.shape[0]}")
     return _permute(x_TD, plan)
+
+
+def permute_tiles(tiles: Tiles, plan: Plan) -> Tiles:
+    """The 1 x 128 tiles of :func:`permute`'s rows, from those of the tokens: ``q [M, D]``, ``scale [KB, M]``.
+
+    A row's tiles are its own, so that this is :func:`permute` and a quantizer after it to the bit, but each token is
+    quantized once, not once a choice, and half the bytes move. Padding rows have zero codes. It has no gradient.
+
+    Args:
+        tiles: of at least the plan's tokens; rows after those are zeros.
+        plan: where the rows go.
+
+    Raises:
+        ValueError: the plan was made for more tokens.
+    """
+    tokens, token_M = plan.row_of_pair_TK.shape[0], plan.token_of_row_M
+    if tiles.q.shape[0] < tokens:
+        raise ValueError(f"permute_tiles: the plan is for {tokens} tokens, the tiles are of {tiles.q.shape[0]}")
+    bytes_MD = _take_rows(lax.bitcast_convert_type(tiles.q, jnp.uint8), token_M)
+    scale_BM = tiles.scale.at[:, token_M].get(mode="fill", fill_value=1)
+    return Tiles(lax.bitcast_convert_type(bytes_MD, tiles.q.dtype), scale_BM)
 
 
 def unpermute(y_MD: Float[Array, "M D"], weights_TK: Float[Array, "T K"], plan: Plan) -> Float[Array, "T D"]:

@@ -53,6 +53,11 @@ def decode_e5m6(code: UInt32[Array, "..."]) -> Float32[Array, "..."]:
     return jnp.where(code >> 11 == 1, -magnitude, magnitude)
 
 
+def _reciprocal(power_of_two: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """``1 / power_of_two`` from the exponent, for a GPU's division is not exact."""
+    return lax.bitcast_convert_type((254 << 23) - lax.bitcast_convert_type(power_of_two, jnp.int32), jnp.float32)
+
+
 def pack_e5m6(x_MK: Float[Array, "M K"]) -> PackedE5M6:
     """1 x 128 tiles in E5M6 with scales ``2 ** ceil(log2(amax / 65024))``, amax at least 1e-4.
 
@@ -69,7 +74,7 @@ def pack_e5m6(x_MK: Float[Array, "M K"]) -> PackedE5M6:
     floored_MB = jnp.where(amax_MB < AMAX_FLOOR, jnp.float32(AMAX_FLOOR), amax_MB)
     scale_MB = round_up_to_power_of_two(divide(floored_MB, E5M6_MAX))
     usable_MB1 = jnp.isfinite(scale_MB)[:, :, None]
-    codes = encode_e5m6(jnp.where(usable_MB1, x_MBK / scale_MB[:, :, None], 0.0))
+    codes = encode_e5m6(jnp.where(usable_MB1, x_MBK * _reciprocal(scale_MB)[:, :, None], 0.0))
     pair = codes.reshape(rows, -1, 2)[:, : dim_k // 2]
     both = pair[..., 0] | (pair[..., 1] << 12)
     packed = jnp.stack([both, both >> 8, both >> 16], axis=-1).astype(jnp.uint8)

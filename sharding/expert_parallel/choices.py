@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.permute import make_plan, permute, unpermute
+from pallas_kernels.permute import Plan, make_plan, unpermute
 
-ExpertFn = Callable[[Any, Array, Array, Array, int], Array]
-"""``(params, rows_MD, group_of_block, num_blocks, block) -> rows_MD``: this rank's experts on rows sorted by expert,
-each expert's padded with zero rows to whole blocks, as :class:`~pallas_kernels.permute.Plan` says. ``params`` are the
-local shards, any tree of floating-point arrays; the function must not close over traced values."""
+ExpertFn = Callable[[Any, Any, Plan], Array]
+"""``(params, x_RD, plan) -> y_MD``: this rank's experts on the rows that ``permute(x_RD, plan)`` is, sorted by expert,
+each expert's padded with zero rows to whole blocks. The function moves them itself, in the form that its products read.
+``params`` are the local shards, any tree of floating-point arrays; the function must not close over traced values."""
 
 
 def localize(
@@ -34,7 +34,7 @@ def localize(
 def local_experts(
     expert_fn: ExpertFn,
     params: Any,
-    x_RD: Float[Array, "R D"],
+    x_RD: Any,
     idx_RK: Int[Array, "R K"],
     weights_RK: Float[Array, "R K"],
     *,
@@ -45,5 +45,5 @@ def local_experts(
     """Each row's weighted sum over its choices among this rank's ``experts``; the value ``experts`` is no choice."""
     plan = make_plan(idx_RK, experts, block, most_pairs)
     with jax.named_scope("experts"):
-        out_MD = expert_fn(params, permute(x_RD, plan), plan.group_of_block, plan.num_blocks, block)
+        out_MD = expert_fn(params, x_RD, plan)
     return unpermute(out_MD, weights_RK, plan)

@@ -14,7 +14,7 @@ ONE_RANK = ExpertParallel()
 
 
 def routed(
-    x_TD: Float[Array, "T D"],
+    x_TD: Any,
     experts_TK: Int[Array, "T K"],
     weights_TK: Float[Array, "T K"],
     params: Any,
@@ -31,7 +31,7 @@ def routed(
     where that is asked for; its gradient is straight-through).
 
     Args:
-        x_TD: this device's tokens.
+        x_TD: this device's tokens, ``[T, D]``; with one rank whatever ``expert_fn`` takes for them.
         experts_TK: distinct experts of each token, in ``[0, num_experts)``.
         weights_TK: their weights, float32.
         params: this rank's ``num_experts / placement.size`` experts' arrays, as ``expert_fn`` takes them. Their

@@ -13,7 +13,7 @@ from dsv3_jax.nn.block import rematerialize, run_blocks, stack_blocks
 from dsv3_jax.nn.fp8_experts import expert_network, fp8_experts
 from dsv3_jax.nn.moe import swiglu_experts
 from dsv3_jax.nn.mtp import MTP
-from pallas_kernels.permute import make_plan, permute
+from pallas_kernels.permute import make_plan
 from pallas_kernels.quantize import quantize_columns, quantize_rows, reference, requantize_columns
 from pallas_kernels.testing import calc_diff
 from tests.dsv3_jax import micro
@@ -108,10 +108,9 @@ def experts():
         codes = [fp8_weight(master).codes for master in masters]
 
         def layer(x_TD, masters, low):
-            rows_MD = permute(x_TD if low else x_TD.astype(jnp.float32), plan)
             function = fp8_experts if low else swiglu_experts
             params = tuple(map(fp8.FP8Weight, masters, codes)) if low else masters
-            return function(params, rows_MD, plan.group_of_block, plan.num_blocks, fp8.ROWS)
+            return function(params, x_TD if low else x_TD.astype(jnp.float32), plan)
 
         results = []
         for low in (True, False):
@@ -139,7 +138,7 @@ def test_experts_refuse_blocks_that_scales_would_straddle_and_scales_that_are_no
     x_MK = normal(2, 128, 128)
     weights = fp8.FP8Weight(x_MK, None), fp8.FP8Weight(x_MK, None)
     with pytest.raises(ValueError, match="blocks of 128, got 64"):
-        fp8_experts(weights, x_MK, jnp.zeros(2, jnp.int32), jnp.int32(2), 64)
+        fp8_experts(weights, x_MK, make_plan(jnp.zeros((128, 1), jnp.int32), 1, 64))
     with pytest.raises(ValueError, match="power_of_two"):
         expert_network(fp8.Quantized(x_MK, None, power_of_two=False), *weights)
 
@@ -232,14 +231,22 @@ def test_inputs_of_linear_layers_and_of_swiglu_are_kept_in_8_bits(stack):
     codes = Counter(leaf.shape for leaf in residuals if leaf.dtype == jnp.float8_e4m3fn)
     tokens, size, width = BATCH * TOKENS, CONFIG.hidden_size, CONFIG.moe_intermediate_size
     rows = (2 * tokens + 4 * 127) // 128 * 128
-    latents = CONFIG.q_lora_rank + CONFIG.v_head_dim * CONFIG.num_attention_heads + CONFIG.kv_lora_rank
-    attention, shared, routed = size + latents, size + 2 * width, size + 2 * width
+    attention = size + CONFIG.q_lora_rank + CONFIG.kv_lora_rank
+    shared, routed = size + 2 * width, size + 2 * width
     kept = sum(int(np.prod(shape)) for shape in codes.elements())
     assert kept == LAYERS * (tokens * (attention + shared) + rows * routed)
-    wide = [leaf.shape for leaf in residuals if leaf.dtype == jnp.bfloat16 and leaf.shape[-1] == size]
-    stream = (LAYERS, BATCH, TOKENS, size)
-    expected = [stream, stream, (LAYERS, rows, size)]
-    assert wide == expected, "what norms read, and the experts' output, which the gate's gradient reads"
+    wide = [leaf.shape for leaf in residuals if leaf.dtype == jnp.bfloat16 and leaf.shape[-1] == 2 * width]
+    assert wide == [(LAYERS, rows, size)], "only the experts' output, which the gate's gradient reads"
+
+
+def test_attentions_output_is_kept_once_and_in_12_bits_and_norms_keep_their_input_alone(stack):
+    residuals, _ = stored(stack, "none")
+    tokens, heads, head = BATCH * TOKENS, CONFIG.num_attention_heads, CONFIG.v_head_dim
+    by_type = Counter((str(leaf.dtype), leaf.shape[1:]) for leaf in residuals)
+    assert by_type["uint8", (tokens, heads * head * 3 // 2)] == LAYERS
+    assert by_type["bfloat16", (BATCH, TOKENS, heads, head)] == LAYERS, "values alone have this shape"
+    assert by_type["bfloat16", (tokens, CONFIG.hidden_size)] == 2 * LAYERS, "inputs of the block's two norms"
+    assert not any(key == ("bfloat16", (BATCH, TOKENS, CONFIG.hidden_size)) for key in by_type)
 
 
 def test_only_weights_are_quantized_in_blocks_and_only_before_the_blocks_run(stack, monkeypatch):

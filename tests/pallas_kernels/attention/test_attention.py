@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import causal_attention, cudnn, reference, xla
+from pallas_kernels.attention import attention_backward, attention_forward, causal_attention, cudnn, reference, xla
 from pallas_kernels.testing import assert_close
 
 CASES = {  # name: (B, T, S, N, J, H, W, q_offset)
@@ -48,10 +48,19 @@ def test_chunks_of_queries_give_the_same_output_and_gradients(name):
         out, back = jax.vjp(attend, q, k, v)
         return out, *back(out)
 
-    for got, expected in zip(
-        output_and_gradients(chunked, q, k, v), output_and_gradients(attend, q, k, v), strict=True
-    ):
+    whole = output_and_gradients(attend, q, k, v)
+    for got, expected in zip(output_and_gradients(chunked, q, k, v), whole, strict=True):
         assert_close(got, expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_the_backward_from_a_stored_output_is_that_of_the_whole(chunks):
+    q, k, v, scale, _ = draw("narrow_values")
+    do = jnp.asarray(np.random.default_rng(2).standard_normal((*q.shape[:3], v.shape[3])), jnp.float32)
+    o, back = jax.vjp(lambda *x: causal_attention(*x, scale=scale, implementation="xla"), q, k, v)
+    most = xla.MAX_SCORES if chunks == 1 else -(-q.shape[1] // chunks) * q.shape[0] * q.shape[2] * k.shape[1]
+    for got, expected in zip(xla.causal_backward(q, k, v, o, do, scale=scale, max_scores=most), back(do), strict=True):
+        assert_close(got, expected)
 
 
 def test_gradients_equal_finite_differences_of_the_float64_definition():
@@ -152,6 +161,19 @@ def test_cudnn_equals_the_definition_forward_and_backward_on_hopper(dim, value_d
         gradients = expected(do.astype(jnp.float32))
     for got, wanted in zip(back(do), gradients, strict=True):
         assert_close(got, wanted, tolerance=1.5e-2)
+
+
+@pytest.mark.gpu
+def test_cudnns_two_halves_are_its_whole_on_hopper():
+    rng = np.random.default_rng(0)
+    shapes = (192, 192, 128, 128)
+    q, k, v, do = (jnp.asarray(rng.standard_normal((2, 256, 4, size)), jnp.bfloat16) for size in shapes)
+    expected, back = jax.vjp(functools.partial(causal_attention, scale=0.07, implementation="cudnn"), q, k, v)
+    o, sums = attention_forward(q, k, v, scale=0.07, implementation="cudnn")
+    np.testing.assert_array_equal(o, expected)
+    found = jax.jit(functools.partial(attention_backward, scale=0.07))(q, k, v, o, sums, do)
+    for got, wanted in zip(found, back(do), strict=True):
+        assert_close(got, wanted)
 
 
 @pytest.mark.gpu

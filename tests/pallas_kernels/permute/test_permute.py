@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.permute import make_plan, num_blocks_bound, permute, reference, unpermute
+from pallas_kernels.permute import make_plan, num_blocks_bound, permute, permute_tiles, reference, unpermute
+from pallas_kernels.quantize import quantize_rows
 
 CASES = {  # name: (T, K, E, block, drop)
     "usual": (37, 3, 8, 4, False),
@@ -162,3 +163,28 @@ def test_wrong_sizes_are_one_clear_line():
         unpermute(jnp.zeros((3, 6)), jnp.asarray(weights), plan)
     with pytest.raises(ValueError, match="must be at least 1"):
         make_plan(jnp.asarray(idx), experts, 0)
+
+
+@pytest.mark.parametrize("rows_beyond", [0, 5])
+def test_permuted_tiles_are_the_permuted_rows_quantized(rows_beyond):
+    idx, _, _, experts, block = draw("some_dropped")
+    plan = plan_of(idx, experts, block)
+    x = np.random.default_rng(3).standard_normal((len(idx), 200)).astype(np.float32)
+    padded = np.pad(x, ((0, rows_beyond), (0, 0)))
+
+    @jax.jit
+    def both(x, padded):
+        return permute_tiles(quantize_rows(padded, True), plan), quantize_rows(permute(x, plan), True)
+
+    found, expected = both(x, padded)
+    used = np.asarray(plan.pair_of_row_M) < idx.size
+    np.testing.assert_array_equal(found.q, expected.q)
+    np.testing.assert_array_equal(found.scale[:, used], expected.scale[:, used])
+    assert np.isfinite(found.scale).all()
+
+
+def test_tiles_of_too_few_tokens_are_refused():
+    idx, _, _, experts, block = draw("usual")
+    tiles = quantize_rows(jnp.ones((len(idx) - 1, 8)))
+    with pytest.raises(ValueError, match="the plan is for 37 tokens, the tiles are of 36"):
+        permute_tiles(tiles, plan_of(idx, experts, block))

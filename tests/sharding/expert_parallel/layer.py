@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.permute import permute
 from sharding.expert_parallel import routed
 from sharding.expert_parallel.payload import pack, unpack
 from sharding.mesh import BATCH_AXES, make_mesh
@@ -15,10 +16,11 @@ from sharding.mesh import BATCH_AXES, make_mesh
 DEVICES, TOKENS, EXPERTS, CHOICES = 8, 12, 8, 3
 
 
-def expert_fn(params, rows_MD, group_of_block, num_blocks, block):
+def expert_fn(params, x_RD, plan):
     """``sin(a_e x) b_e``; rows past the blocks in use would show as wrong sums."""
     inner_ED, outer_ED = params
-    hot_ME = jax.nn.one_hot(jnp.repeat(group_of_block, block), inner_ED.shape[0], dtype=rows_MD.dtype)
+    rows_MD = permute(x_RD, plan)
+    hot_ME = jax.nn.one_hot(jnp.repeat(plan.group_of_block, plan.block), inner_ED.shape[0], dtype=rows_MD.dtype)
     product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     return jnp.sin(rows_MD * product(hot_ME, inner_ED)) * product(hot_ME, outer_ED)
 
