@@ -1,8 +1,9 @@
 """A schedule in lockstep: one row of numbers for each tick and rank, all that an SPMD program that scans them needs.
 
-In one tick a rank reads what its action needs from its rings, computes, exchanges with its neighbours, and writes to
-its rings: reads come before writes, so a slot may be written in the tick that it is read for the last time. Each ring
-has as few slots as can be, and as many on all ranks.
+In one tick a rank reads the messages that its action needs, computes, exchanges with its neighbours, and keeps what has
+come: a message may come into the slot that was read in the same tick. The two passes of a pair never share a slot: what
+one saves may be written before, while or after the other reads. Each ring has as few slots as that allows, and as many
+on all ranks.
 """
 
 from dataclasses import dataclass
@@ -156,7 +157,9 @@ def table(schedule: Schedule, lag: int = 1) -> Table:
     for ring in (lives["activation"], lives["gradient"]):
         for life in ring:
             arrivals[life.put, life.rank, ARRIVALS.index(life.put_column)] = life.micro
-    return Table(schedule, rows, arrivals, Slots(**{name: _fill(rows, ring) for name, ring in lives.items()}), lag)
+    messages = ("activation", "gradient")
+    slots = {name: _fill(rows, ring, at_once=name in messages) for name, ring in lives.items()}
+    return Table(schedule, rows, arrivals, Slots(**slots), lag)
 
 
 def needs(schedule: Schedule, rank: int, action: Action) -> list[tuple[str, int, int]]:
@@ -262,15 +265,16 @@ def _way(schedule: Schedule, source: int, rank: int, micro: int, lag: int) -> tu
     return ("SELF", 0) if sender == rank else ("PREV" if sender < rank else "NEXT", lag - 1)
 
 
-def _fill(rows: np.ndarray, lives: list[_Life]) -> int:
+def _fill(rows: np.ndarray, lives: list[_Life], *, at_once: bool) -> int:
     """Give each use the lowest slot that is free, write it into the rows, and count the slots.
 
-    Uses are intervals, for which this takes as few slots as are in use at one time.
+    Uses are intervals, for which this takes as few slots as are in use at one time. ``at_once``: a slot can be written
+    in the tick that it is read in.
     """
     free_from: dict[int, list[int]] = {}
     for life in sorted(lives, key=lambda life: life.put):
         ends = free_from.setdefault(life.rank, [])
-        slot = next((i for i, end in enumerate(ends) if end <= life.put), len(ends))
+        slot = next((i for i, end in enumerate(ends) if end < life.put + at_once), len(ends))
         ends[slot : slot + 1] = [life.get]
         rows[life.put, life.rank, life.put_column] = slot
         rows[life.get, life.rank, life.get_column] = slot

@@ -68,6 +68,8 @@ def test_a_program_that_reads_then_writes_the_rings_finds_what_it_needs(made):
                 counts["F"][stage, micro] = counts["F"].get((stage, micro), 0) + 1
                 if stage < last:
                     sent.append((rank, row[Col.F_CHUNK], ("F", stage, micro)))
+            if kind in FORWARD and kind in BACKWARD:
+                assert row[Col.F_SAVE] != row[Col.B_SAVED]
             if kind in BACKWARD:
                 stage, micro = row[Col.B_STAGE], row[Col.B_MICRO]
                 if stage < last:
