@@ -1,16 +1,17 @@
-"""``dsv3 plan memory PRESET``: what a device will hold, before anything is compiled."""
+"""``dsv3 plan memory PRESET``: what a device will hold, before anything is compiled; ``dsv3 plan pipeline PRESET``."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from dsv3_jax.cli import plan_pipeline
 from dsv3_jax.cli.overrides import parse_config
 from dsv3_jax.config import Config, ConfigError, load_cluster
 from dsv3_jax.planning.fit import DEFAULT_SHARE, remedy
 from dsv3_jax.planning.memory import plan_memory
 
-PLANS = ("memory",)
+PLANS = ("memory", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,6 @@ class Options:
 
     json: bool = False
     """Print one JSON object, for programs."""
-    schedule: Literal["1f1b", "zb1p", "dualpipe", "dualpipev"] = "dualpipe"
-    """Of the pipeline, where mesh.pipe is above 1."""
     device_gb: float = 0.0
     """Memory of one device in GB; 0 takes that of mesh.cluster, if there is one."""
     device_share: float = DEFAULT_SHARE
@@ -34,6 +33,8 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError("name what to plan, as in `dsv3 plan memory deepseek_v3 --mesh.cluster h800_2048`")
     if words[0] not in (*PLANS, "-h", "--help"):
         raise ConfigError(f"dsv3 plan {words[0]!r} is not known; there is {', '.join(PLANS)}")
+    if words[0] == "pipeline":
+        return plan_pipeline.run(words[1:])
     description = "Bytes on each device while a preset trains on a mesh, by component. Nothing is compiled."
     rest = words[1:] if words[0] in PLANS else words
     config, options = parse_config("dsv3 plan memory", rest, description, Options, trainable=False)
@@ -56,7 +57,7 @@ def describe_memory(config: Config, options: Options) -> dict[str, Any]:
     one layer of each kind keeps of one micro-batch. ``device`` and ``fits`` are null where the device is not known;
     ``remedy`` is null but where it does not fit.
     """
-    plan = plan_memory(config, schedule=options.schedule)
+    plan = plan_memory(config)
     cluster = load_cluster(config.mesh.cluster) if config.mesh.cluster else None
     gigabytes = options.device_gb or (cluster.memory_gb if cluster else 0.0)
     device = round(gigabytes * 1e9) or None
@@ -65,7 +66,7 @@ def describe_memory(config: Config, options: Options) -> dict[str, Any]:
         "name": config.name,
         "mesh": plan.mesh,
         "cluster": config.mesh.cluster or None,
-        "schedule": options.schedule if config.mesh.pipe > 1 else None,
+        "schedule": config.mesh.schedule if config.mesh.pipe > 1 else None,
         "transport": config.mesh.transport if config.mesh.expert > 1 else None,
         "precision": config.train.precision,
         "remat": plan.remat,
@@ -79,7 +80,7 @@ def describe_memory(config: Config, options: Options) -> dict[str, Any]:
         "total": plan.total,
         "device": device,
         "fits": plan.total <= device * share if device else None,
-        "remedy": remedy(config, plan, device, share, options.schedule) if device else None,
+        "remedy": remedy(config, plan, device, share) if device else None,
     }
 
 

@@ -52,6 +52,26 @@ def kept_by_block(model: ModelConfig, work: Work, remat: str, *, moe: bool) -> T
     return kept | (_experts(model, work) if moe else _dense(model, work))
 
 
+def put_off_by_block(model: ModelConfig, work: Work, *, moe: bool) -> Tensors:
+    """Bytes that one block keeps of a backward pass whose weight gradients are put off: inputs of its matrix products,
+    once each, and gradients of their outputs."""
+    per_token, d = work.tokens * work.element, model.hidden_size
+    heads, query, value = model.num_attention_heads, model.qk_head_dim, model.value_head_dim
+    if model.attention == "mla":
+        latents = model.q_lora_rank + model.kv_lora_rank
+        made = latents + model.qk_rope_head_dim + heads * (query + model.qk_nope_head_dim + value)
+    else:
+        latents, made = 0, heads * query + model.num_key_value_heads * (query + value)
+    tensors = {"attention": per_token * (d + latents + heads * value + made + d)}
+    if not moe:
+        return tensors | {"network": per_token * (2 * d + 3 * model.intermediate_size)}
+    _, rows = rows_of_experts(model, work)
+    tensors["experts"] = rows * (2 * d + 3 * model.moe_intermediate_size) * work.element
+    shared = model.n_shared_experts * model.moe_intermediate_size
+    tensors["shared experts"] = per_token * (2 * d + 3 * shared) if shared else 0
+    return tensors
+
+
 def computed_again(model: ModelConfig, work: Work, remat: str, *, moe: bool) -> int:
     """Bytes that one block's backward pass makes anew: within one layer elementwise chains are fused, so that of a norm
     and of SwiGLU the output alone exists."""

@@ -14,7 +14,7 @@ _MOST = 0.95
 """Share that leaves room for CUDA, NCCL and cuDNN."""
 
 
-def remedy(config: Config, plan: MemoryPlan, device: int, share: float, schedule: Schedule) -> str | None:
+def remedy(config: Config, plan: MemoryPlan, device: int, share: float, schedule: Schedule | None = None) -> str | None:
     """One line when ``plan`` is larger than ``share`` of the ``device`` bytes, with what to change; else None.
 
     Tried in this order: a larger share; smaller micro-batches and then more recomputation, alone and together.

@@ -17,6 +17,7 @@ from dsv3_jax.planning.activations import (
     block_rows,
     computed_again,
     kept_by_block,
+    put_off_by_block,
     rows_of_experts,
 )
 from dsv3_jax.planning.shapes import block_shapes, parameter_shapes, router_bias_shapes
@@ -55,12 +56,12 @@ class MemoryPlan:
         return self.arguments + self.temporaries
 
 
-def plan_memory(config: Config, *, schedule: Schedule = "dualpipe", gpu: bool = True) -> MemoryPlan:
+def plan_memory(config: Config, *, schedule: Schedule | None = None, gpu: bool = True) -> MemoryPlan:
     """What one device holds when ``config`` trains on its mesh.
 
     Args:
         config: the run; its ``mesh`` need not be there.
-        schedule: of the pipeline; counts where ``mesh.pipe`` is above 1.
+        schedule: of the pipeline, in place of ``mesh.schedule``; counts where ``mesh.pipe`` is above 1.
         gpu: cuDNN's attention and the Hopper kernels' blocks of rows, else the portable forms.
 
     Raises:
@@ -85,7 +86,7 @@ def plan_memory(config: Config, *, schedule: Schedule = "dualpipe", gpu: bool = 
         fused_attention=gpu and train.precision != "fp32",
     )
     try:
-        return _plan(config, sizes, work, per_device // sequences, schedule)
+        return _plan(config, sizes, work, per_device // sequences, schedule or mesh.schedule)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -160,16 +161,16 @@ def _plan(config: Config, sizes: dict[str, int], work: Work, micro_batches: int,
         "batch": 4 * work.sequences * micro_batches * (train.seq_len + 1),
         "counters and scalars": 8 + 16,
     }
-    kept = {
-        name: kept_by_block(model, work, train.remat, moe=moe)
-        for name, moe, layers in (("dense", False, model.n_dense_layers), ("moe", True, model.n_moe_layers))
-        if layers
-    }
+    kinds = [("dense", False)] * (model.n_dense_layers > 0) + [("moe", True)] * (model.n_moe_layers > 0)
+    kept = {name: kept_by_block(model, work, train.remat, moe=moe) for name, moe in kinds}
+    put_off = {name: sum(put_off_by_block(model, work, moe=moe).values()) for name, moe in kinds}
     backward = {
         "activations of MoE layers": stages.under_way * stages.chunk * sum(kept.get("moe", {}).values()),
         "activations of dense layers": stages.under_way_first
         * model.n_dense_layers
         * sum(kept.get("dense", {}).values()),
+        "weight gradients put off": stages.put_off * stages.chunk * put_off.get("moe", 0)
+        + stages.put_off_first * model.n_dense_layers * put_off.get("dense", 0),
         "activations of MTP": model.num_nextn_predict_layers * _mtp_kept(model, work, train.remat),
         **max(_head(config, work, pipe=sizes["pipe"] > 1), _layer_at_work(config, work), key=_size),
     }

@@ -1,12 +1,14 @@
-"""How layers lie on the ranks of a pipeline, and how many micro-batches are under way (design section 5, spec 13.1)."""
+"""How layers lie on the ranks of a pipeline, and how many passes are under way (design section 5, spec 13.1)."""
 
+import functools
 from dataclasses import dataclass
-from typing import Literal, get_args
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.planning.flops import block_flops, end_flops
+from sharding.pipeline import Name, Slots, make_schedule, supported, table
+from sharding.pipeline.partition import deal
 
-Schedule = Literal["1f1b", "zb1p", "dualpipe", "dualpipev"]
-SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+Schedule = Name
 
 
 @dataclass(frozen=True)
@@ -23,22 +25,40 @@ class Stages:
     under_way: int
     """Forward passes of a chunk whose backward passes have not come, at most."""
     under_way_first: int
-    """Of these, passes of the first stage. The last stage, with head and MTP, has one: its backward pass comes next."""
+    """Of these, passes of the first stage. The last stage computes head and MTP when its backward pass comes."""
+    put_off: int = 0
+    """Backward passes of a chunk whose weight gradients have not come, at most."""
+    put_off_first: int = 0
+    """Of these, passes of the first stage."""
 
 
 def stages_of(model: ModelConfig, pipe: int, schedule: Schedule, micro_batches: int) -> Stages:
     """The stages of ``pipe`` ranks; one rank is no pipeline, whatever the schedule.
 
-    Under way are PP micro-batches with ``1f1b`` and ``zb1p``, PP + 1 with the two-way schedules (spec 13.1), whose V
-    form counts 2 pipe stages; not more than there are.
+    Raises:
+        ConfigError: the schedule cannot be made for so many ranks and micro-batches; one line.
     """
     layers = model.n_moe_layers
     if pipe == 1:
         return Stages(layers, layers, layers, 1, 1)
-    count = 2 * pipe if schedule == "dualpipev" else pipe
-    chunk = -(-layers // count)
-    passes = 2 * micro_batches if schedule == "dualpipev" else micro_batches
-    if schedule in ("1f1b", "zb1p"):
-        return Stages(chunk, chunk, chunk, min(count, passes), min(count, passes))
+    reason = supported(schedule, pipe, micro_batches)
+    if reason:
+        raise ConfigError(f"mesh.schedule: {reason}")
+    chunk = -(-layers // (2 * pipe if schedule == "dualpipev" else pipe))
     stored = 2 * chunk if schedule == "dualpipev" else chunk
-    return Stages(stored, 2 * chunk, chunk, min(count + 1, passes), min(count, passes))
+    held = 2 * chunk if schedule in ("dualpipe", "dualpipev") else chunk
+    # But for GPipe's, rings do not grow with more micro-batches than this (tests).
+    slots = _slots(schedule, pipe, micro_batches if schedule == "gpipe" else min(micro_batches, 4 * pipe))
+    return Stages(stored, held, chunk, slots.residual, slots.first, slots.deferred, slots.deferred_first)
+
+
+def layers_of_stages(model: ModelConfig, seq_len: int, stages: int) -> tuple[int, ...]:
+    """Mixture-of-experts layers of each stage, fewer at the ends, which have dense layers, and head and MTP, too."""
+    block = sum(block_flops(model, seq_len, moe=True))
+    first, last = (sum(flops) / block for flops in end_flops(model, seq_len))
+    return deal(model.n_moe_layers, stages, first, last)
+
+
+@functools.cache
+def _slots(schedule: Schedule, pipe: int, micro_batches: int) -> Slots:
+    return table(make_schedule(schedule, pipe, micro_batches)).slots
