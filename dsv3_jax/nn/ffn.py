@@ -12,10 +12,25 @@ from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.norm import RMSNorm
 
 
+@jax.custom_vjp
 def swiglu(gate_up: Float[Array, "*rows F2"]) -> Float[Array, "*rows F"]:
-    """``silu(gate) * up`` of the two halves of the last dim (spec 3)."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return checkpoint_name(jax.nn.silu(gate) * up, "swiglu")
+    """``silu(gate) * up`` of the two halves of the last dim (spec 3), in float32, rounded once.
+
+    For the backward pass ``gate_up`` alone is kept.
+    """
+    return _swiglu(gate_up).astype(gate_up.dtype)
+
+
+def _swiglu(gate_up: jax.Array) -> jax.Array:
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_bwd(gate_up: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    return jax.vjp(_swiglu, gate_up)[1](dy.astype(jnp.float32))
+
+
+swiglu.defvjp(lambda gate_up: (swiglu(gate_up), gate_up), _swiglu_bwd)
 
 
 class FeedForward(nnx.Module):

@@ -21,16 +21,19 @@ from dsv3_jax.nn.fp8 import (
     trim,
     wgrad,
 )
-from pallas_kernels.permute import Plan
+from pallas_kernels.permute import Plan, unpermute
 from pallas_kernels.quantize import Tiles, quantize_both, requantize_columns
 from pallas_kernels.quantize.reference import pad_to_tiles
 from pallas_kernels.swiglu_quantize import swiglu_backward_quantize, swiglu_quantize
 
 
 def fp8_experts(
-    params: tuple[FP8Weight, FP8Weight], x: Float[Array, "R D"] | Quantized, plan: Plan
-) -> Float[Array, "M D"]:
-    """One rank's routed experts, :func:`dsv3_jax.nn.moe.swiglu_experts` in FP8; tokens are quantized, then sorted.
+    params: tuple[FP8Weight, FP8Weight],
+    x: Float[Array, "R D"] | Quantized,
+    weights_RK: Float[Array, "R K"],
+    plan: Plan,
+) -> Float[Array, "R D"]:
+    """One rank's routed experts, :func:`dsv3_jax.nn.experts.swiglu_experts` in FP8; tokens are quantized, then sorted.
 
     Raises:
         ValueError: blocks of other than 128 rows, which share their scales in the weight gradient.
@@ -38,7 +41,8 @@ def fp8_experts(
     if plan.block != ROWS:
         raise ValueError(f"fp8_experts: rows of an expert come in blocks of {ROWS}, got {plan.block}")
     tokens = x if isinstance(x, Quantized) else quantize(x, power_of_two=True)
-    return expert_network(sort_rows(tokens, plan), *params, Groups(plan.group_of_block, plan.num_blocks))
+    y_MD = expert_network(sort_rows(tokens, plan), *params, Groups(plan.group_of_block, plan.num_blocks))
+    return unpermute(y_MD, weights_RK, plan)
 
 
 def expert_network(

@@ -1,25 +1,22 @@
 """DeepSeekMoE: shared experts, and routed experts without dropping (V3 eqs 12-16, spec 5)."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.nn import fp8
-from dsv3_jax.nn.ffn import FeedForward, swiglu
+from dsv3_jax.nn.experts import swiglu_experts
+from dsv3_jax.nn.ffn import FeedForward
 from dsv3_jax.nn.fp8 import Quantized
 from dsv3_jax.nn.fp8_experts import expert_network, fp8_experts
 from dsv3_jax.nn.linear import init_weight
 from dsv3_jax.nn.norm import RMSNorm
 from dsv3_jax.nn.router import Router, Routing, count_experts
-from pallas_kernels.grouped_gemm import grouped_gemm
-from pallas_kernels.permute import Plan, permute
 from sharding.expert_parallel import ExpertParallel, routed
 
 BalanceLoss = Callable[[Routing], Float[Array, ""]]
@@ -106,17 +103,6 @@ class MoE(nnx.Module):
             placement=self.placement,
         )
         return out_TD.reshape(x.shape)
-
-
-def swiglu_experts(
-    params: tuple[Float[Array, "E D I2"], Float[Array, "E I D"]], x_RD: Float[Array, "R D"], plan: Plan
-) -> Float[Array, "M D"]:
-    """Gate, up and down of one rank's experts on the plan's rows of ``x_RD``."""
-    gate_up_EDI, down_EID = params
-    blocks = {"group_of_block": plan.group_of_block, "block": plan.block, "num_blocks": plan.num_blocks}
-    gemm = functools.partial(grouped_gemm, **blocks)
-    hidden_MI = swiglu(checkpoint_name(gemm(permute(x_RD, plan), gate_up_EDI), "gate_up"))
-    return gemm(hidden_MI, down_EID)
 
 
 def place_experts(model: nnx.Module, placement: ExpertParallel) -> None:

@@ -1,5 +1,6 @@
 """The router: which experts a token goes to, and with what weight (V3 eqs 12-16, spec 5.1, 27.3)."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -42,7 +43,7 @@ class Router(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Routing:
         """Experts, gate values and affinities of every token."""
         config = self.config
-        logits_BTE = jnp.matmul(x.astype(jnp.float32), self.kernel[...], precision=lax.Precision.HIGHEST)
+        logits_BTE = router_logits(x, self.kernel[...])
         scores_BTE = jax.nn.sigmoid(logits_BTE) if config.scoring_func == "sigmoid" else jax.nn.softmax(logits_BTE)
         biased_BTE = lax.stop_gradient(scores_BTE)
         if config.has_router_bias:
@@ -52,6 +53,22 @@ class Router(nnx.Module):
         if config.norm_topk_prob:
             weights_BTK = weights_BTK / (jnp.sum(weights_BTK, axis=-1, keepdims=True) + 1e-20)
         return Routing(experts_BTK, weights_BTK * config.routed_scaling_factor, scores_BTE)
+
+
+@jax.custom_vjp
+def router_logits(x: Float[Array, "*rows D"], kernel: Float[Array, "D E"]) -> Float[Array, "*rows E"]:
+    """``x @ kernel`` in float32; for the backward pass ``x`` is kept as it is, not widened."""
+    return jnp.matmul(x.astype(jnp.float32), kernel, precision=lax.Precision.HIGHEST)
+
+
+def _logits_bwd(saved: tuple[Array, Array], dlogits: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    product = functools.partial(jnp.tensordot, precision=lax.Precision.HIGHEST)
+    rows = tuple(range(x.ndim - 1))
+    return product(dlogits, kernel, (-1, -1)).astype(x.dtype), product(x.astype(jnp.float32), dlogits, (rows, rows))
+
+
+router_logits.defvjp(lambda x, kernel: (router_logits(x, kernel), (x, kernel)), _logits_bwd)
 
 
 def select_experts(biased_BTE: Float[Array, "B T E"], config: ModelConfig) -> Int[Array, "B T K"]:

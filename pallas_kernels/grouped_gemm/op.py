@@ -45,6 +45,43 @@ def grouped_gemm(
     Raises:
         ValueError: shapes do not fit together, or the implementation asked for cannot run.
     """
+    chosen, num_blocks = _choose(x_MK, w_GKN, group_of_block, block, num_blocks, implementation)
+    return _grouped_gemm(x_MK, w_GKN, group_of_block, num_blocks, block, chosen)
+
+
+def grouped_gemm_backward(
+    x_MK: Float[Array, "M K"],
+    w_GKN: Float[Array, "G K N"],
+    dy_MN: Float[Array, "M N"],
+    group_of_block: Int[Array, " NB"],
+    *,
+    block: int,
+    num_blocks: Int[Array, ""] | None = None,
+    implementation: dispatch.Implementation = "auto",
+) -> tuple[Float[Array, "M K"], Float[Array, "G K N"]]:
+    """Gradients of :func:`grouped_gemm`'s two operands, for a caller with a backward pass of its own.
+
+    Args:
+        x_MK: rows of the forward pass.
+        w_GKN: its weights.
+        dy_MN: gradient of the output, in the dtype of ``x_MK``.
+        group_of_block: as there.
+        block: as there.
+        num_blocks: as there; rows of ``x_MK`` and ``dy_MN`` past it must be zero.
+        implementation: as there.
+
+    Raises:
+        ValueError: shapes do not fit together, or the implementation asked for cannot run.
+    """
+    chosen, num_blocks = _choose(x_MK, w_GKN, group_of_block, block, num_blocks, implementation)
+    dx, dw, _, _ = _backward(block, chosen, (x_MK, w_GKN, group_of_block, num_blocks), dy_MN)
+    return dx, dw
+
+
+def _choose(
+    x_MK: Array, w_GKN: Array, group_of_block: Array, block: int, num_blocks: Array | None, implementation: str
+) -> tuple[str, Array]:
+    """The implementation, and how many blocks are in use."""
     (rows, dim_k), (_, w_dim_k, _) = x_MK.shape, w_GKN.shape
     if dim_k != w_dim_k:
         raise ValueError(f"grouped_gemm: x_MK has K = {dim_k}, w_GKN has K = {w_dim_k}")
@@ -53,9 +90,7 @@ def grouped_gemm(
             f"grouped_gemm: x_MK has {rows} rows, but group_of_block names {group_of_block.shape[0]} blocks of {block}"
         )
     chosen = dispatch.choose("grouped_gemm", implementation, {"pallas": pallas_sm90.obstacle(x_MK, w_GKN, block)})
-    if num_blocks is None:
-        num_blocks = jnp.asarray(group_of_block.shape[0], jnp.int32)
-    return _grouped_gemm(x_MK, w_GKN, group_of_block, num_blocks, block, chosen)
+    return chosen, jnp.asarray(group_of_block.shape[0], jnp.int32) if num_blocks is None else num_blocks
 
 
 def _gemm(

@@ -47,6 +47,17 @@ _permute.defvjp(_permute_fwd, _permute_bwd)
 
 
 @jax.custom_vjp
+def _collect(y_MD: Array, plan: Plan) -> Array:
+    return _sum_choices(y_MD, plan, None).astype(y_MD.dtype)
+
+
+_collect.defvjp(
+    lambda y_MD, plan: (_collect(y_MD, plan), plan),
+    lambda plan, dout_TD: (_take_rows(dout_TD, plan.token_of_row_M), None),
+)
+
+
+@jax.custom_vjp
 def _unpermute(y_MD: Array, weights_TK: Array, plan: Plan) -> Array:
     return _sum_choices(y_MD, plan, weights_TK).astype(y_MD.dtype)
 
@@ -57,12 +68,11 @@ def _unpermute_fwd(y_MD: Array, weights_TK: Array, plan: Plan) -> tuple[Array, t
 
 def _unpermute_bwd(saved: tuple[Array, Array, Plan], dout_TD: Array) -> tuple[Array, Array, None]:
     y_MD, weights_TK, plan = saved
-    weight_M = _take_rows(weights_TK.reshape(-1), plan.pair_of_row_M).astype(jnp.float32)
+    weight_M = pairs_to_rows(weights_TK, plan).astype(jnp.float32)
     dout_MD = _take_rows(dout_TD, plan.token_of_row_M).astype(jnp.float32)
     dy_MD = weight_M[:, None] * dout_MD
     dw_M = jnp.sum(y_MD.astype(jnp.float32) * dout_MD, axis=1)
-    dw_TK = _take_rows(dw_M, plan.row_of_pair_TK)
-    return dy_MD.astype(y_MD.dtype), dw_TK.astype(weights_TK.dtype), None
+    return dy_MD.astype(y_MD.dtype), rows_to_pairs(dw_M, plan).astype(weights_TK.dtype), None
 
 
 _unpermute.defvjp(_unpermute_fwd, _unpermute_bwd)
@@ -102,17 +112,29 @@ def permute_tiles(tiles: Tiles, plan: Plan) -> Tiles:
     return Tiles(lax.bitcast_convert_type(bytes_MD, tiles.q.dtype), scale_BM)
 
 
-def unpermute(y_MD: Float[Array, "M D"], weights_TK: Float[Array, "T K"], plan: Plan) -> Float[Array, "T D"]:
+def unpermute(y_MD: Float[Array, "M D"], weights_TK: Float[Array, "T K"] | None, plan: Plan) -> Float[Array, "T D"]:
     """``out[t] = sum_k weights[t, k] * y[row of (t, k)]``, summed in float32, in the dtype of ``y_MD``.
 
     Dropped choices add nothing, and their weights get a zero gradient. Padding rows of ``y_MD`` are never read.
+    Without weights, rows are added as they are, and nothing of them is kept for the gradient.
 
     Raises:
         ValueError: rows or weights do not fit the plan.
     """
-    if y_MD.shape[0] != plan.num_rows or weights_TK.shape != plan.row_of_pair_TK.shape:
+    weights = plan.row_of_pair_TK.shape if weights_TK is None else weights_TK.shape
+    if y_MD.shape[0] != plan.num_rows or weights != plan.row_of_pair_TK.shape:
         raise ValueError(
             f"unpermute: the plan has {plan.num_rows} rows and weights {plan.row_of_pair_TK.shape}, "
-            f"got {y_MD.shape[0]} and {weights_TK.shape}"
+            f"got {y_MD.shape[0]} and {weights}"
         )
-    return _unpermute(y_MD, weights_TK, plan)
+    return _collect(y_MD, plan) if weights_TK is None else _unpermute(y_MD, weights_TK, plan)
+
+
+def pairs_to_rows(values_TK: Float[Array, "T K"], plan: Plan) -> Float[Array, " M"]:
+    """One number of each (token, choice) at the place of its row; 0 for padding. It has no gradient."""
+    return _take_rows(values_TK.reshape(-1), plan.pair_of_row_M)
+
+
+def rows_to_pairs(values_M: Float[Array, " M"], plan: Plan) -> Float[Array, "T K"]:
+    """The way back of :func:`pairs_to_rows`, which is its transpose too; 0 for dropped choices."""
+    return _take_rows(values_M, plan.row_of_pair_TK)

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.permute import Plan, make_plan, unpermute
+from pallas_kernels.permute import Plan, make_plan
 
-ExpertFn = Callable[[Any, Any, Plan], Array]
-"""``(params, x_RD, plan) -> y_MD``: this rank's experts on the rows that ``permute(x_RD, plan)`` is, sorted by expert,
-each expert's padded with zero rows to whole blocks. The function moves them itself, in the form that its products read.
-``params`` are the local shards, any tree of floating-point arrays; the function must not close over traced values."""
+ExpertFn = Callable[[Any, Any, Array, Plan], Array]
+"""``(params, x_RD, weights_RK, plan) -> y_RD``: each row's weighted sum over this rank's experts.
+
+Experts see the rows that ``permute(x_RD, plan)`` is, sorted by expert, each expert's padded with zero rows to whole
+blocks; the function moves them itself, in the form that its products read, and back. ``params`` are the local shards,
+any tree of floating-point arrays; the function must not close over traced values."""
 
 
 def localize(
@@ -45,5 +47,4 @@ def local_experts(
     """Each row's weighted sum over its choices among this rank's ``experts``; the value ``experts`` is no choice."""
     plan = make_plan(idx_RK, experts, block, most_pairs)
     with jax.named_scope("experts"):
-        out_MD = expert_fn(params, x_RD, plan)
-    return unpermute(out_MD, weights_RK, plan)
+        return expert_fn(params, x_RD, weights_RK, plan)

@@ -10,8 +10,8 @@ from flax import nnx
 
 from dsv3_jax.nn import fp8
 from dsv3_jax.nn.block import rematerialize, run_blocks, stack_blocks
+from dsv3_jax.nn.experts import swiglu_experts
 from dsv3_jax.nn.fp8_experts import expert_network, fp8_experts
-from dsv3_jax.nn.moe import swiglu_experts
 from dsv3_jax.nn.mtp import MTP
 from pallas_kernels.permute import make_plan
 from pallas_kernels.quantize import quantize_columns, quantize_rows, reference, requantize_columns
@@ -99,26 +99,26 @@ def experts():
     """Output and gradients of routed experts, FP8 and float32, on bfloat16 rows; expert 2 has none."""
     rng, dims = np.random.default_rng(3), (4, 256, 256)
     plan = make_plan(jnp.asarray(rng.choice([0, 1, 3], (96, 1))), 4, fp8.ROWS)
-    x_TD, dy_MD = normal(4, 96, 256, dtype=jnp.bfloat16), normal(5, plan.num_rows, 256, dtype=jnp.bfloat16)
-    used = (plan.pair_of_row_M < 96)[:, None]
+    x_TD, dy_TD = (normal(seed, 96, 256, dtype=jnp.bfloat16) for seed in (4, 5))
+    weights_TK = jnp.asarray(rng.uniform(0.5, 1.5, (96, 1)), jnp.float32)
     masters = normal(6, *dims) / 16, normal(7, 4, 128, 256) / 11
 
     @jax.jit
-    def run(x_TD, masters, dy_MD):
+    def run(x_TD, masters, dy_TD):
         codes = [fp8_weight(master).codes for master in masters]
 
-        def layer(x_TD, masters, low):
+        def layer(x_TD, masters, weights_TK, low):
             function = fp8_experts if low else swiglu_experts
             params = tuple(map(fp8.FP8Weight, masters, codes)) if low else masters
-            return function(params, x_TD if low else x_TD.astype(jnp.float32), plan)
+            return function(params, x_TD if low else x_TD.astype(jnp.float32), weights_TK, plan)
 
         results = []
         for low in (True, False):
-            y, back = jax.vjp(lambda x, m, low=low: layer(x, m, low), x_TD, masters)
-            results.append((y, *back((dy_MD * used).astype(y.dtype))))
+            y, back = jax.vjp(lambda x, m, w, low=low: layer(x, m, w, low), x_TD, masters, weights_TK)
+            results.append((y, *back(dy_TD.astype(y.dtype))))
         return results
 
-    return run(x_TD, masters, dy_MD)
+    return run(x_TD, masters, dy_TD)
 
 
 def test_gradients_of_experts_are_float32s_within_the_formats_error(experts):
@@ -138,7 +138,7 @@ def test_experts_refuse_blocks_that_scales_would_straddle_and_scales_that_are_no
     x_MK = normal(2, 128, 128)
     weights = fp8.FP8Weight(x_MK, None), fp8.FP8Weight(x_MK, None)
     with pytest.raises(ValueError, match="blocks of 128, got 64"):
-        fp8_experts(weights, x_MK, make_plan(jnp.zeros((128, 1), jnp.int32), 1, 64))
+        fp8_experts(weights, x_MK, jnp.ones((128, 1)), make_plan(jnp.zeros((128, 1), jnp.int32), 1, 64))
     with pytest.raises(ValueError, match="power_of_two"):
         expert_network(fp8.Quantized(x_MK, None, power_of_two=False), *weights)
 
@@ -235,8 +235,10 @@ def test_inputs_of_linear_layers_and_of_swiglu_are_kept_in_8_bits(stack):
     shared, routed = size + 2 * width, size + 2 * width
     kept = sum(int(np.prod(shape)) for shape in codes.elements())
     assert kept == LAYERS * (tokens * (attention + shared) + rows * routed)
-    wide = [leaf.shape for leaf in residuals if leaf.dtype == jnp.bfloat16 and leaf.shape[-1] == 2 * width]
-    assert wide == [(LAYERS, rows, size)], "only the experts' output, which the gate's gradient reads"
+    wide = [leaf.shape for leaf in residuals if leaf.dtype == jnp.bfloat16 and leaf.shape[-1:] == (size,)]
+    stream, normed, output = (LAYERS, tokens, size), (LAYERS, BATCH, TOKENS, size), (LAYERS, rows, size)
+    expected = [stream, stream, normed, output]
+    assert sorted(wide) == sorted(expected), "what norms and the router read, and the output that gates' gradients read"
 
 
 def test_attentions_output_is_kept_once_and_in_12_bits_and_norms_keep_their_input_alone(stack):
@@ -246,7 +248,7 @@ def test_attentions_output_is_kept_once_and_in_12_bits_and_norms_keep_their_inpu
     assert by_type["uint8", (tokens, heads * head * 3 // 2)] == LAYERS
     assert by_type["bfloat16", (BATCH, TOKENS, heads, head)] == LAYERS, "values alone have this shape"
     assert by_type["bfloat16", (tokens, CONFIG.hidden_size)] == 2 * LAYERS, "inputs of the block's two norms"
-    assert not any(key == ("bfloat16", (BATCH, TOKENS, CONFIG.hidden_size)) for key in by_type)
+    assert by_type["bfloat16", (BATCH, TOKENS, CONFIG.hidden_size)] == LAYERS, "what the router reads"
 
 
 def test_only_weights_are_quantized_in_blocks_and_only_before_the_blocks_run(stack, monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.permute import permute
+from pallas_kernels.permute import permute, unpermute
 from sharding.expert_parallel import routed
 from sharding.expert_parallel.payload import pack, unpack
 from sharding.mesh import BATCH_AXES, make_mesh
@@ -16,13 +16,13 @@ from sharding.mesh import BATCH_AXES, make_mesh
 DEVICES, TOKENS, EXPERTS, CHOICES = 8, 12, 8, 3
 
 
-def expert_fn(params, x_RD, plan):
+def expert_fn(params, x_RD, weights_RK, plan):
     """``sin(a_e x) b_e``; rows past the blocks in use would show as wrong sums."""
     inner_ED, outer_ED = params
     rows_MD = permute(x_RD, plan)
     hot_ME = jax.nn.one_hot(jnp.repeat(plan.group_of_block, plan.block), inner_ED.shape[0], dtype=rows_MD.dtype)
     product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    return jnp.sin(rows_MD * product(hot_ME, inner_ED)) * product(hot_ME, outer_ED)
+    return unpermute(jnp.sin(rows_MD * product(hot_ME, inner_ED)) * product(hot_ME, outer_ED), weights_RK, plan)
 
 
 def draw(size=16, seed=0, devices=DEVICES, tokens=TOKENS):
