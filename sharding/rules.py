@@ -10,7 +10,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from sharding.mesh import BATCH_AXES
+from sharding.mesh import AXES
 
 MESH_AXIS_OF = {"expert": "expert"}
 """Mesh axis of a named dim; names that are not here stay whole."""
@@ -64,6 +64,12 @@ def stacked_layers(path: str, ndim: int) -> int:
     return dims_of(path, ndim).count("layer")
 
 
+def is_staged(path: str, ndim: int) -> bool:
+    """Whether a parameter's leading dim is the layers of a pipeline's stages. Dense layers come before them and are on
+    every rank."""
+    return stacked_layers(path, ndim) > 0 and "dense" not in path.split("/")
+
+
 def model_spec(path: str, shape: Sequence[int], mesh_sizes: Mapping[str, int]) -> PartitionSpec:
     """How the model's code sees a parameter: split as the table says, whole over every other axis.
 
@@ -71,6 +77,8 @@ def model_spec(path: str, shape: Sequence[int], mesh_sizes: Mapping[str, int]) -
         ValueError: no rule, one mesh axis for two dims, or a dim that its axis does not divide.
     """
     axes = [MESH_AXIS_OF.get(name) for name in dims_of(path, len(shape))]
+    if is_staged(path, len(shape)):
+        axes[0] = "pipe"
     used = [axis for axis in axes if axis is not None]
     if len(set(used)) < len(used):
         raise ValueError(f"parameter {path}: two of its dims are split over one mesh axis ({', '.join(used)})")
@@ -83,7 +91,7 @@ def model_spec(path: str, shape: Sequence[int], mesh_sizes: Mapping[str, int]) -
 def zero_spec(
     shape: Sequence[int], spec: PartitionSpec, mesh_sizes: Mapping[str, int], layers: int = 0
 ) -> PartitionSpec:
-    """How the optimizer sees a parameter: as the model does, and split further over the batch axes it is whole on.
+    """How the optimizer sees a parameter: as the model does, and split further over the axes it is whole on.
 
     The first dim that all these axes together divide is split, else the first that the largest of them divides; a
     parameter with neither stays whole. The leading dims of stacked ``layers`` come last: a layer's part of a share is
@@ -91,7 +99,7 @@ def zero_spec(
     """
     parts: list[Any] = [*spec, *[None] * (len(shape) - len(spec))]
     taken = {axis for part in spec for axis in ((part,) if isinstance(part, str) else part or ())}
-    free = tuple(axis for axis in BATCH_AXES if axis not in taken and mesh_sizes[axis] > 1)
+    free = tuple(axis for axis in AXES if axis not in taken and mesh_sizes[axis] > 1)
     largest = tuple(sorted(free, key=lambda axis: -mesh_sizes[axis])[:1])
     for axes in (free, largest):
         count = math.prod(mesh_sizes[axis] for axis in axes)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sharding.mesh import AXES, BATCH_AXES
+from sharding.mesh import AXES
 
 
 def _splits(spec: PartitionSpec) -> Iterator[tuple[int, tuple[str, ...]]]:
@@ -43,15 +43,15 @@ def gather(x: Float[Array, "..."], share: PartitionSpec, whole: PartitionSpec, d
 def scatter(grad: Float[Array, "..."], share: PartitionSpec, whole: PartitionSpec) -> Float[Array, "..."]:
     """This device's share of a gradient's sum over all devices that computed a part of it.
 
-    Those are the devices along the batch axes, but for the axes that the model's code splits the weight over: there
-    every device has the whole gradient of its own part.
+    Those are all, but along the axes that the model's code splits the weight over: there every device has the whole
+    gradient of its own part.
     """
     mine = {axis for _, axes in _splits(whole) for axis in axes}
     summed = set()
     for dim, axes in _further(share, whole):
         grad = lax.psum_scatter(grad, axes, scatter_dimension=dim, tiled=True)
         summed |= {*axes}
-    rest = tuple(axis for axis in BATCH_AXES if axis not in mine | summed)
+    rest = tuple(axis for axis in AXES if axis not in mine | summed)
     return lax.psum(grad, rest) if rest else grad
 
 

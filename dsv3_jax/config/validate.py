@@ -6,12 +6,8 @@ from dsv3_jax.config.schema import Config, ConfigError, MeshConfig, ModelConfig,
 def validate(config: Config, *, trainable: bool = True) -> None:
     """Raise :class:`ConfigError` for the first thing in ``config`` that cannot be, or cannot be trained yet.
 
-    ``trainable = False`` lets through what plans alone know: pipelines.
+    ``trainable = False`` lets through what plans alone know: pipelines whose schedule the batch is too small for.
     """
-    _require(
-        config.mesh.pipe == 1 or not trainable,
-        f"mesh.pipe = {config.mesh.pipe} must be 1: this version has no pipelines",
-    )
     validate_model(config.model)
     _validate_train(config)
     for name, schedule in (
@@ -25,6 +21,8 @@ def validate(config: Config, *, trainable: bool = True) -> None:
     _validate_data(config)
     _validate_loss(config)
     _validate_mesh(config.mesh, config.train, config.model)
+    if config.mesh.pipe > 1 and trainable:
+        _validate_pipeline(config.mesh, config.train, config.model)
 
 
 def _require(good: bool, message: str) -> None:
@@ -249,4 +247,33 @@ def _validate_mesh(mesh: MeshConfig, train: TrainConfig, model: ModelConfig) -> 
         per_device % micro == 0,
         f"train.micro_batch_size = {micro} must divide the {per_device} sequences of one device "
         f"(train.batch_size = {train.batch_size} over mesh.expert x mesh.data = {lanes})",
+    )
+
+
+def _validate_pipeline(mesh: MeshConfig, train: TrainConfig, model: ModelConfig) -> None:
+    ranks, schedule = mesh.pipe, mesh.schedule
+    _require(
+        model.n_moe_layers > 0,
+        f"mesh.pipe = {ranks} must be 1: stages share out mixture-of-experts layers, and this model has none",
+    )
+    _require(
+        not train.unroll, f"train.unroll = true needs mesh.pipe = 1, not {ranks}: stages run their layers in a loop"
+    )
+    if schedule not in ("dualpipe", "dualpipev"):
+        return
+    micro_batches = (
+        train.batch_size // (mesh.expert * mesh.data * train.micro_batch_size) if train.micro_batch_size else 1
+    )
+    counted = f"{micro_batches} (train.batch_size over mesh.expert x mesh.data x train.micro_batch_size)"
+    _require(
+        schedule != "dualpipe" or ranks % 2 == 0,
+        f"mesh.schedule = 'dualpipe' needs an even mesh.pipe, not {ranks}: micro-batches enter at both ends",
+    )
+    _require(
+        micro_batches >= 2 * ranks,
+        f"mesh.schedule = {schedule!r} on {ranks} ranks needs {2 * ranks} micro-batches at least, not {counted}",
+    )
+    _require(
+        schedule != "dualpipe" or micro_batches % 2 == 0,
+        f"mesh.schedule = 'dualpipe' needs an even number of micro-batches, not {counted}",
     )

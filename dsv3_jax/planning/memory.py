@@ -109,14 +109,12 @@ def _weights(config: Config, sizes: dict[str, int], stages: Stages) -> _Weights:
     for path, shape in parameter_shapes(config.model).items():
         place = _PLACES.get(path.split("/")[0], "last")
         if place == "stage":
-            shape = (stages.stored, *shape[1:])
+            shape = (pipe * stages.stored, *shape[1:])
         whole_spec = model_spec(path, shape, sizes)
         share_spec = zero_spec(shape, whole_spec, sizes, stacked_layers(path, len(shape)))
         whole, share = _part(shape, whole_spec, sizes), _part(shape, share_spec, sizes)
         if place == "stage":
             whole = whole // stages.stored * stages.held
-        else:
-            share = -(-share // pipe)
         found.share += share
         found.whole += whole
         found.parts[place] = found.parts.get(place, 0) + whole

@@ -10,8 +10,10 @@ from jax.typing import DTypeLike
 
 from dsv3_jax.config import Config
 from dsv3_jax.model import Tree, abstract_model, split_model
+from dsv3_jax.planning.stages import layers_of_stages
 from sharding import zero
-from sharding.rules import dims_of, model_spec, stacked_layers, zero_spec
+from sharding.pipeline.partition import Partition, make_partition
+from sharding.rules import dims_of, is_staged, model_spec, stacked_layers, zero_spec
 
 _SHARED_OUT = ("params", "opt_state", "ema")
 """Parts of a state that ZeRO-1 splits."""
@@ -20,13 +22,17 @@ _SHARED_OUT = ("params", "opt_state", "ema")
 class Layout:
     """Specs of one configuration's arrays on one mesh.
 
+    In a pipeline the leading dim of what its stages own is slots, some of them empty, in the order of its ranks:
+    see :attr:`partition`, and :mod:`dsv3_jax.train.plain` for the form that is the same on any mesh.
+
     Raises:
         ValueError: the mesh does not fit the model; one line.
     """
 
     def __init__(self, config: Config, mesh: Mesh | AbstractMesh):
         self.mesh, self._sizes, self._by_layer = mesh, dict(mesh.shape), config.train.unroll
-        params = split_model(abstract_model(config.model)).params
+        self.partition = partition_of(config)
+        params = self.in_stages({"params": split_model(abstract_model(config.model)).params})["params"]
         self.whole: Tree = _map(lambda path, leaf: model_spec(path, leaf.shape, self._sizes), params)
         """Of each parameter, what the model's code needs."""
         self.share: Tree = _map(self._share, params)
@@ -51,6 +57,21 @@ class Layout:
         """:meth:`specs` on the mesh."""
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs(state))
 
+    def in_stages(self, plain: Any) -> Any:
+        """Shapes of a state, or of fields of it by name, from those of a state without stages."""
+
+        def one(path: str, leaf: Any) -> Any:
+            if self.partition is None or not self.is_staged(path, leaf):
+                return leaf
+            return jax.ShapeDtypeStruct((self.partition.kept.size, *leaf.shape[1:]), leaf.dtype)
+
+        return _map(one, plain)
+
+    def is_staged(self, path: str, leaf: Any) -> bool:
+        """Whether the leading dim of a state's array is slots of a pipeline's stages."""
+        owned = path.split("/")[0] in _SHARED_OUT and leaf.ndim > 0 and is_staged(path, leaf.ndim)
+        return self.partition is not None and owned
+
     def gather(self, params: Tree) -> Tree:
         """Inside ``shard_map``: the weights that the model's code needs, from every device's share."""
         return self._move(zero.gather, params, self.share, self.whole, self.travel)
@@ -74,6 +95,16 @@ class Layout:
     def global_norm(self, shares: Tree) -> jax.Array:
         """Inside ``shard_map``: the L2 norm of arrays laid out as shares."""
         return zero.global_norm(shares, self.share)
+
+
+def partition_of(config: Config) -> Partition | None:
+    """Where the layers of ``config`` lie in its pipeline; None where it has none."""
+    ranks, schedule = config.mesh.pipe, config.mesh.schedule
+    if ranks == 1:
+        return None
+    stages = 2 * ranks if schedule == "dualpipev" else ranks
+    counts = layers_of_stages(config.model, config.train.seq_len, stages)
+    return make_partition(counts, ranks, chunks=2 if schedule in ("dualpipe", "dualpipev") else 1)
 
 
 def _travel_dtype(path: str, ndim: int, config: Config) -> DTypeLike:

@@ -13,6 +13,7 @@ from dsv3_jax.model import DeepSeekV3, Tree, abstract_model, merge_model, split_
 from dsv3_jax.nn.moe import place_experts
 from dsv3_jax.train.layout import Layout
 from dsv3_jax.train.optimizer import make_optimizer
+from dsv3_jax.train.plain import plain_shardings, to_plain, to_stages
 from sharding.expert_parallel import ExpertParallel
 from sharding.mesh import make_mesh
 
@@ -36,6 +37,10 @@ class TrainState:
     tokens: int = dataclasses.field(metadata={"static": True})
     """Tokens consumed."""
 
+    def arrays(self) -> dict[str, Any]:
+        """What is on the devices, by the names of the fields."""
+        return {name: getattr(self, name) for name in ("params", "router_bias", "opt_state", "ema", "nonfinite")}
+
 
 def config_mesh(config: Config) -> Mesh:
     """The mesh that ``config`` asks for, over this machine's devices.
@@ -51,9 +56,9 @@ def config_mesh(config: Config) -> Mesh:
 
 def init_state(config: Config, mesh: Mesh | None = None) -> TrainState:
     """A new run's state: weights drawn from ``train.seed``, the same numbers on any mesh."""
-    abstract = abstract_state(config, mesh)
+    abstract = abstract_plain_state(config, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(lambda: _create(config), out_shardings=shardings)()
+    return staged_state(config, jax.jit(lambda: _create(config), out_shardings=shardings)(), mesh)
 
 
 def abstract_state(config: Config, mesh: Mesh | AbstractMesh | None = None) -> TrainState:
@@ -62,12 +67,37 @@ def abstract_state(config: Config, mesh: Mesh | AbstractMesh | None = None) -> T
     Raises:
         ConfigError: the mesh does not fit the machine or the model.
     """
-    mesh = mesh or config_mesh(config)
-    shapes = jax.eval_shape(lambda: _create(config))
-    shardings = config_layout(config, mesh).shardings(shapes)
+    layout = config_layout(config, mesh or config_mesh(config))
+    shapes = layout.in_stages(jax.eval_shape(lambda: _create(config)))
+    return _placed(shapes, layout.shardings(shapes))
+
+
+def abstract_plain_state(config: Config, mesh: Mesh | AbstractMesh | None = None) -> TrainState:
+    """:func:`plain_state`'s shapes, dtypes and shardings, nothing allocated.
+
+    Raises:
+        ConfigError: the mesh does not fit the machine or the model.
+    """
+    layout, shapes = config_layout(config, mesh or config_mesh(config)), jax.eval_shape(lambda: _create(config))
+    return _placed(shapes, plain_shardings(layout, shapes))
+
+
+def _placed(shapes: TrainState, places: TrainState) -> TrainState:
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
     )
+
+
+def plain_state(config: Config, state: TrainState, mesh: Mesh | None = None) -> TrainState:
+    """``state`` with every layer once and in order, as it is saved: the same arrays whatever the mesh."""
+    arrays = to_plain(config_layout(config, mesh or config_mesh(config)), state.arrays())
+    return dataclasses.replace(state, **arrays)
+
+
+def staged_state(config: Config, plain: TrainState, mesh: Mesh | None = None) -> TrainState:
+    """The opposite of :func:`plain_state`."""
+    arrays = to_stages(config_layout(config, mesh or config_mesh(config)), plain.arrays())
+    return dataclasses.replace(plain, **arrays)
 
 
 def config_layout(config: Config, mesh: Mesh | AbstractMesh) -> Layout:
@@ -82,8 +112,8 @@ def config_layout(config: Config, mesh: Mesh | AbstractMesh) -> Layout:
         raise ConfigError(str(error)) from error
 
 
-def graph_of(config: Config) -> nnx.GraphDef[DeepSeekV3]:
-    """The model's graph as the step runs it: its experts spread over the mesh as ``config.mesh`` says."""
+def placed_model(config: Config) -> DeepSeekV3:
+    """The model without arrays, as the step runs it: its experts spread over the mesh as ``config.mesh`` says."""
     mesh = config.mesh
     model = abstract_model(config.model)
     place_experts(
@@ -96,11 +126,16 @@ def graph_of(config: Config) -> nnx.GraphDef[DeepSeekV3]:
             fp8=mesh.fp8_dispatch,
         ),
     )
-    return split_model(model).graph
+    return model
+
+
+def graph_of(config: Config) -> nnx.GraphDef[DeepSeekV3]:
+    """The graph of :func:`placed_model`."""
+    return split_model(placed_model(config)).graph
 
 
 def model_of(config: Config, params: Tree, router_bias: Tree) -> DeepSeekV3:
-    """The model that a state's arrays belong to."""
+    """The model that a state's arrays belong to, in their plain form (:func:`plain_state`)."""
     return merge_model(split_model(abstract_model(config.model)).graph, params, router_bias)
 
 

@@ -20,8 +20,9 @@ from dsv3_jax.train import schedule
 from dsv3_jax.train.ema import update_ema
 from dsv3_jax.train.loss import Losses, activation_dtype, cross_entropy, has_label, training_loss
 from dsv3_jax.train.optimizer import clip_by_norm, make_optimizer
-from dsv3_jax.train.state import TrainState, abstract_state, config_layout, config_mesh, graph_of
-from sharding.mesh import BATCH_AXES
+from dsv3_jax.train.pipeline import Pipeline, Weights
+from dsv3_jax.train.state import TrainState, abstract_state, config_layout, config_mesh, graph_of, placed_model
+from sharding.mesh import AXES, BATCH_AXES
 
 Metrics = dict[str, Any]
 _ROWS = P(None, BATCH_AXES)
@@ -34,6 +35,8 @@ class _Scalars(NamedTuple):
     mtp_weight: Any
     bias_update_speed: Any
     micro_batches: Any
+    table: Any
+    """Rows of the pipeline's table and how many count: see :meth:`~dsv3_jax.train.pipeline.Pipeline.rows`."""
 
 
 class TrainStep:
@@ -57,7 +60,11 @@ class TrainStep:
         self._graph = graph_of(config)
         self._optimizer = make_optimizer(config.optim)
         self._layout = config_layout(config, self.mesh)
-        state = _arrays(abstract_state(config, self.mesh))
+        self._pipeline: Pipeline | None = None
+        if self._layout.partition is not None:
+            model = placed_model(config)
+            self._pipeline = Pipeline(config, model, self._layout.partition, self.most_micro_batches)
+        state = abstract_state(config, self.mesh).arrays()
         specs, places = self._layout.specs(state), self._layout.shardings(state)
         mapped = jax.shard_map(
             self._local_step, mesh=self.mesh, in_specs=(specs, _ROWS, P()), out_specs=(specs, P()), check_vma=False
@@ -98,8 +105,9 @@ class TrainStep:
             np.float32(schedule.mtp_weight(config, state.tokens)),
             np.float32(schedule.bias_update_speed(config, state.tokens)),
             np.int32(count),
+            self._pipeline.rows(count) if self._pipeline else (),
         )
-        return (_arrays(state), jax.make_array_from_process_local_data(sharding, micro), scalars), scalars
+        return (state.arrays(), jax.make_array_from_process_local_data(sharding, micro), scalars), scalars
 
     def _local_step(self, arrays: Tree, tokens_ABT: jax.Array, scalars: _Scalars) -> tuple[Tree, Metrics]:
         """One device's part of a step, on its share of the state and of the rows."""
@@ -107,12 +115,16 @@ class TrainStep:
         params, router_bias, opt_state, ema = (arrays[name] for name in ("params", "router_bias", "opt_state", "ema"))
         with jax.named_scope("gather"):
             whole = layout.gather(params)
+            if self._pipeline is not None:
+                whole = self._pipeline.with_mirror(whole)
         with jax.named_scope("quantize"):
             codes = fp8.quantize_weights(whole) if config.train.precision == "fp8" else {}
         with jax.named_scope("gradients"):
             grads, losses = self._gradients(whole, codes, router_bias, tokens_ABT, scalars)
-            losses = lax.psum(losses, BATCH_AXES)
+            losses = lax.psum(losses, AXES)
         with jax.named_scope("scatter"):
+            if self._pipeline is not None:
+                grads = self._pipeline.without_mirror(grads)
             grads = layout.scatter(grads)
         with jax.named_scope("optimizer"):
             norm = layout.global_norm(grads)
@@ -151,17 +163,19 @@ class TrainStep:
         """
         label_total = lax.psum(jnp.sum(has_label(tokens_ABT), dtype=jnp.float32), BATCH_AXES)
         sequence_total = scalars.micro_batches.astype(jnp.float32) * (tokens_ABT.shape[1] * self.lanes)
+        weighed = {
+            "mtp_weight": scalars.mtp_weight,
+            "label_total": jnp.maximum(label_total, 1.0),
+            "sequence_total": sequence_total,
+        }
+        if self._pipeline is not None:
+            weights = Weights(params, codes, router_bias)
+            rows, ticks = scalars.table
+            return self._pipeline.gradients(weights, tokens_ABT, rows, ticks, weighed)
 
         def loss(params: Tree, tokens_BT: jax.Array) -> tuple[jax.Array, Losses]:
             model = merge_model(self._graph, fp8.attach(params, codes), router_bias)
-            losses = training_loss(
-                model,
-                tokens_BT,
-                self.config,
-                mtp_weight=scalars.mtp_weight,
-                label_total=jnp.maximum(label_total, 1.0),
-                sequence_total=sequence_total,
-            )
+            losses = training_loss(model, tokens_BT, self.config, **weighed)
             return losses.total, losses
 
         def micro_batch(tokens_BT: jax.Array) -> tuple[Tree, Losses]:
@@ -191,11 +205,6 @@ class TrainStep:
             rows = counts[:trunk] if keys[0] == "moe" else counts[trunk + int(keys[1])]
             updated.append(update_bias(bias, rows, gamma, rule))
         return jax.tree.unflatten(treedef, updated)
-
-
-def _arrays(state: TrainState) -> dict[str, Any]:
-    """A state's arrays by the names of its fields."""
-    return {name: getattr(state, name) for name in ("params", "router_bias", "opt_state", "ema", "nonfinite")}
 
 
 def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:

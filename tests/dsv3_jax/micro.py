@@ -8,7 +8,8 @@ from flax import nnx
 from dsv3_jax.config import load_config
 from dsv3_jax.model import abstract_model, merge_model, split_model
 from dsv3_jax.train.optimizer import make_optimizer
-from dsv3_jax.train.state import TrainState, config_layout, config_mesh
+from dsv3_jax.train.plain import plain_shardings
+from dsv3_jax.train.state import TrainState, config_layout, config_mesh, staged_state
 
 V3 = {
     "vocab_size": 61,
@@ -125,9 +126,9 @@ def train_state(config, params=None, seed=0, **changes):
         "ema": None,
         "nonfinite": jnp.zeros((), jnp.int32),
     } | changes
-    places = config_layout(config, config_mesh(config)).shardings(fields)
+    places = plain_shardings(config_layout(config, config_mesh(config)), fields)
     arrays = jax.tree.map(lambda leaf, place: jax.device_put(np.array(leaf), place), fields, places)
-    return TrainState(**arrays, step=0, tokens=0)
+    return staged_state(config, TrainState(**arrays, step=0, tokens=0))
 
 
 def module(create, seed=0):

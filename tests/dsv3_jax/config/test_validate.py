@@ -102,7 +102,23 @@ def test_an_architecture_that_cannot_be_is_refused(changes, expected):
             "optim.schedule[0].shape = 'cosine' has nothing before it: start with a constant piece",
         ),
         # mesh
-        ({"mesh": {"pipe": 2}}, "mesh.pipe = 2 must be 1: this version has no pipelines"),
+        (
+            {"mesh": {"pipe": 2}, "model": {"n_routed_experts": 0}},
+            "mesh.pipe = 2 must be 1: stages share out mixture-of-experts layers, and this model has none",
+        ),
+        (
+            {"mesh": {"pipe": 2}, "train": {"unroll": True}},
+            "train.unroll = true needs mesh.pipe = 1, not 2: stages run their layers in a loop",
+        ),
+        (
+            {"mesh": {"pipe": 3, "schedule": "dualpipe"}},
+            "mesh.schedule = 'dualpipe' needs an even mesh.pipe, not 3: micro-batches enter at both ends",
+        ),
+        (
+            {"mesh": {"pipe": 2, "schedule": "dualpipev"}, "train": {"micro_batch_size": 8}},
+            "mesh.schedule = 'dualpipev' on 2 ranks needs 4 micro-batches at least, not 2 "
+            "(train.batch_size over mesh.expert x mesh.data x train.micro_batch_size)",
+        ),
         ({"mesh": {"data": 0}}, "mesh.data = 0 must be greater than 0"),
         ({"mesh": {"data": 3}}, "train.batch_size = 16 must be a multiple of mesh.expert x mesh.data = 3"),
         (
