@@ -114,13 +114,13 @@ def _print(facts: dict[str, Any]) -> None:
     title = f"{facts['name']}: {ranks} ranks, {facts['micro_batches']} micro-batches of {tokens:,} tokens"
     times = Table(title=title, title_justify="left")
     sizes = Table(title="One device", title_justify="left")
-    for heading in ("schedule", "time", "bubble", "idle", "by formula", "tick by tick", "under way", "held"):
+    for heading in ("schedule", "time", "bubble", "idle", "formula", "in ticks", "passes", "held"):
         times.add_column(heading, justify="left" if heading == "schedule" else "right")
     for heading in ("schedule", "stages", "weights, GB", "activations, GB", "all, GB"):
         sizes.add_column(heading, justify="left" if heading == "schedule" else "right")
     for name, one in facts["schedules"].items():
         low, high = min(one["idle"]), max(one["idle"])
-        idle = f"{low:.1f}" if high - low < 0.05 else f"{low:.1f} to {high:.1f}"
+        idle = f"{low:.1f}" if high - low < 0.05 else f"{low:.1f}-{high:.1f}"
         times.add_row(
             TITLES[name], f"{one['time']:.1f}", f"{one['bubble']:.1%}", idle, f"{one['idle_by_formula']:.1f}",
             f"{one['time_in_lockstep']:.1f}", str(max(one["passes_under_way"])), str(max(one["passes_held"])),
@@ -135,9 +135,9 @@ def _print(facts: dict[str, Any]) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
     say(
-        f"Time: {facts['unit']}. By formula: idle time of equal stages; tick by tick: the time where neighbours meet "
-        "after every action. Under way: passes before their backward pass has ended; held: before their weight "
-        "gradient has."
+        f"Time: {facts['unit']}. Idle: of each rank; formula: of equal stages. In ticks: the time where neighbours "
+        "meet after every action. Passes: most of one rank whose backward pass has not ended; held: whose weight "
+        "gradient has not."
     )
     say(f"Mixture-of-experts layers of the {ranks} stages: {', '.join(map(str, facts['moe_layers_of_stages']))}")
     for reason in facts["refused"].values():

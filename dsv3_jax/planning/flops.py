@@ -42,8 +42,8 @@ def block_flops(model: ModelConfig, seq_len: int, *, moe: bool) -> tuple[float, 
 
 
 def end_flops(model: ModelConfig, seq_len: int) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Of one token's forward pass, like :func:`block_flops`: of the dense layers, which come first in a pipeline, and of
-    head and MTP, which come last."""
+    """Of one token's forward pass, like :func:`block_flops`: of the dense layers, which come first in a pipeline, and
+    of head and MTP, which come last."""
     dense = block_flops(model, seq_len, moe=False) if model.n_dense_layers else (0.0, 0.0)
     depth, head = model.num_nextn_predict_layers, 2.0 * model.hidden_size * model.vocab_size
     block = block_flops(model, seq_len, moe=True)

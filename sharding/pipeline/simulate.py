@@ -1,6 +1,5 @@
 """When each action of a schedule happens, how long ranks wait, and how many passes are under way."""
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from sharding.pipeline.actions import BACKWARD, DEFERRING, FORWARD, Action, Kind
+from sharding.pipeline.flow import earliest
 from sharding.pipeline.schedule import Schedule
-from sharding.pipeline.table import Col, Table, makes, needs
+from sharding.pipeline.table import Col, Table
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,8 @@ class Costs:
             return _at(self.w, stages[action.b_chunk])
         ahead = _at(self.f, stages[action.f_chunk]) if action.kind in FORWARD else 0.0
         back = _at(self.b, stages[action.b_chunk]) if action.kind in BACKWARD else 0.0
-        if action.kind in DEFERRING:
-            back -= _at(self.w, stages[action.b_chunk])
-        return (self.pair if ahead and back else 1.0) * (ahead + back)
+        later = _at(self.w, stages[action.b_chunk]) if action.kind in DEFERRING else 0.0
+        return (self.pair if ahead and back else 1.0) * (ahead + back) - later
 
 
 def _at(cost: float | tuple[float, ...], stage: int) -> float:
@@ -114,31 +113,14 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     """
     costs = Costs() if costs is None else costs
     _check(schedule, costs)
-    events: list[list[Event]] = [[] for _ in range(schedule.ranks)]
-    made: dict[tuple[str, int, int], tuple[int, float]] = {}
-    waiting: dict[tuple[str, int, int], list[int]] = {}
-    ready = deque(range(schedule.ranks))
-    while ready:
-        rank = ready.popleft()
-        for action in schedule.actions[rank][len(events[rank]) :]:
-            required = needs(schedule, rank, action)
-            missing = next((need for need in required if need not in made), None)
-            if missing is not None:
-                waiting.setdefault(missing, []).append(rank)
-                break
-            start = events[rank][-1].end if events[rank] else 0.0
-            for need in required:
-                where, when = made[need]
-                start = max(start, when + (costs.send if where != rank else 0.0))
-            event = Event(action, start, start + costs.of(action, schedule.stage_of[rank]))
-            events[rank].append(event)
-            for one in makes(schedule, rank, action):
-                made[one] = rank, event.end
-                ready.extend(waiting.pop(one, ()))
-    for rank, actions in enumerate(schedule.actions):
-        if len(events[rank]) < len(actions):
-            raise ValueError(f"{schedule.name}: rank {rank} waits for ever to do {actions[len(events[rank])]}")
-    return Timeline(schedule, tuple(tuple(rank) for rank in events))
+    spans = earliest(schedule, lambda rank, action: costs.of(action, schedule.stage_of[rank]), costs.send)
+    return Timeline(
+        schedule,
+        tuple(
+            tuple(Event(action, *span) for action, span in zip(actions, rank, strict=True))
+            for actions, rank in zip(schedule.actions, spans, strict=True)
+        ),
+    )
 
 
 def lockstep(table: Table, costs: Costs | None = None) -> float:
@@ -154,15 +136,25 @@ def lockstep(table: Table, costs: Costs | None = None) -> float:
     schedule = table.schedule
     _check(schedule, costs)
     now = np.zeros(schedule.ranks)
-    for rows in table.rows:
-        done = now.copy()
-        for rank, row in enumerate(rows):
-            action = Action(Kind(int(row[Col.KIND])), *map(int, row[1:5]))
-            done[rank] += costs.of(action, schedule.stage_of[rank])
+    for took in _times(table, costs):
+        done = now + took
         meeting = now if table.lag == 2 else done
         around = np.maximum(meeting, np.maximum(np.append(meeting[1:], 0.0), np.append(0.0, meeting[:-1])))
         now = np.maximum(done, around + costs.send)
     return float(now.max())
+
+
+def _times(table: Table, costs: Costs) -> np.ndarray:
+    """Time of each tick on each rank."""
+
+    def of(cost: float | tuple[float, ...], column: Col) -> np.ndarray:
+        return np.resize(np.asarray(cost), table.schedule.n_stages)[table.rows[..., column]]
+
+    kind = table.rows[..., Col.KIND]
+    ahead, back = np.isin(kind, FORWARD), np.isin(kind, BACKWARD)
+    whole = of(costs.f, Col.F_STAGE) * ahead + of(costs.b, Col.B_STAGE) * back
+    weight = of(costs.w, Col.B_STAGE) * (1.0 * (kind == Kind.W) - np.isin(kind, DEFERRING))
+    return np.where(ahead & back, costs.pair, 1.0) * whole + weight
 
 
 def bubble_formula(name: str, ranks: int, costs: Costs | None = None) -> float:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sharding.pipeline.actions import BACKWARD, FORWARD, Action, Kind
+from sharding.pipeline.actions import Action, Kind
+from sharding.pipeline.flow import earliest, makes
 from sharding.pipeline.schedule import Schedule
 
 
@@ -162,56 +163,13 @@ def table(schedule: Schedule, lag: int = 1) -> Table:
     return Table(schedule, rows, arrivals, Slots(**slots), lag)
 
 
-def needs(schedule: Schedule, rank: int, action: Action) -> list[tuple[str, int, int]]:
-    """What must be there before an action starts: ``(F or B, stage, micro-batch)`` of its and of other ranks."""
-    found = []
-    if action.kind in FORWARD:
-        stage = schedule.stage_of[rank][action.f_chunk]
-        if stage > 0:
-            found.append(("F", stage - 1, action.f_micro))
-    if action.kind in BACKWARD:
-        stage = schedule.stage_of[rank][action.b_chunk]
-        found.append(("F", stage, action.b_micro))
-        if stage < schedule.n_stages - 1:
-            found.append(("B", stage + 1, action.b_micro))
-    return found
-
-
-def makes(schedule: Schedule, rank: int, action: Action) -> list[tuple[str, int, int]]:
-    """What is there when an action has ended."""
-    found = []
-    if action.kind in FORWARD:
-        found.append(("F", schedule.stage_of[rank][action.f_chunk], action.f_micro))
-    if action.kind in BACKWARD:
-        found.append(("B", schedule.stage_of[rank][action.b_chunk], action.b_micro))
-    return found
-
-
 def _ticks(schedule: Schedule, lag: int) -> list[dict[Action, int]]:
     """The tick of each action, by rank."""
-    ticks: list[dict[Action, int]] = [{} for _ in range(schedule.ranks)]
-    lists = [list(reversed(actions)) for actions in schedule.actions]
-    made: dict[tuple[str, int, int], tuple[int, int]] = {}
-    tick, last = 0, 0
-    while any(lists):
-        if tick - last > lag:
-            waiting = next(rank for rank, actions in enumerate(lists) if actions)
-            raise ValueError(f"{schedule.name}: rank {waiting} waits for ever to do {lists[waiting][-1]}")
-        done = []
-        for rank, actions in enumerate(lists):
-            if not actions:
-                continue
-            ready = True
-            for need in needs(schedule, rank, actions[-1]):
-                where, when = made.get(need, (rank, tick))
-                ready &= when + (1 if where == rank else lag) <= tick
-            if ready:
-                done.append((rank, actions.pop()))
-        for rank, action in done:
-            ticks[rank][action] = last = tick
-            made.update(dict.fromkeys(makes(schedule, rank, action), (rank, tick)))
-        tick += 1
-    return ticks
+    spans = earliest(schedule, lambda rank, action: 1.0, lag - 1.0)
+    return [
+        {action: int(start) for action, (start, _) in zip(actions, rank, strict=True)}
+        for actions, rank in zip(schedule.actions, spans, strict=True)
+    ]
 
 
 class _Life(NamedTuple):

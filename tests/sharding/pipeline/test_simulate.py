@@ -131,3 +131,15 @@ def test_equal_parts_lose_nothing_in_lockstep_and_unequal_ones_do():
     assert lockstep(table(make_schedule("zb1p", 8, 20))) == simulate(make_schedule("zb1p", 8, 20)).makespan
     assert lockstep(table(make_schedule("1f1b", 8, 20))) == 100
     assert simulate(make_schedule("1f1b", 8, 20)).makespan == 81
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ticks_take_what_their_actions_take(name):
+    """Without neighbours' meetings a table's ranks would work as long as the schedule's."""
+    schedule = make_schedule(name, 4, 8)
+    n = schedule.n_stages
+    costs = Costs(tuple(1.0 + i for i in range(n)), tuple(2.5 + 2 * i for i in range(n)), (0.5,) * n, 0.8, 0.0)
+    alone = [sum(costs.of(action, schedule.stage_of[rank]) for action in schedule.actions[rank]) for rank in range(4)]
+    assert simulate(schedule, costs).busy == pytest.approx(alone)
+    for lag in (1, 2):
+        assert lockstep(table(schedule, lag), costs) >= max(alone)
