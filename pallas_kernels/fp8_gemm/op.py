@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import dispatch
 from pallas_kernels.fp8_gemm import pallas_sm90, reference
 from pallas_kernels.fp8_gemm.reference import BLOCK
+from pallas_kernels.once import once
 
 
 def fp8_gemm(
@@ -49,7 +50,7 @@ def fp8_gemm(
     check_operand("fp8_gemm", "w_NK", w_NK, "sb_NK", sb_NK, (-(-columns // BLOCK), blocks))
     obstacle = pallas_sm90.gemm_obstacle(q_MK, w_NK, dtype)
     if dispatch.choose("fp8_gemm", implementation, {"pallas": obstacle}) == "pallas":
-        return pallas_sm90.gemm(q_MK, sa_KM, w_NK, sb_NK, dtype=dtype)
+        return once(pallas_sm90.gemm, dtype=dtype)(q_MK, sa_KM, w_NK, sb_NK)
     return reference.fp8_gemm(q_MK, sa_KM, w_NK, sb_NK).astype(dtype)
 
 
@@ -89,7 +90,7 @@ def fp8_wgrad(
     check_into("fp8_wgrad", into, (rows, columns))
     obstacle = pallas_sm90.wgrad_obstacle(x_KM, dy_NM)
     if dispatch.choose("fp8_wgrad", implementation, {"pallas": obstacle}) == "pallas":
-        return pallas_sm90.wgrad(x_KM, sx_MK, dy_NM, sdy_MN, into=into)
+        return once(pallas_sm90.wgrad)(x_KM, sx_MK, dy_NM, sdy_MN, into=into)
     dw_KN = reference.fp8_wgrad(x_KM, sx_MK, dy_NM, sdy_MN)
     return dw_KN if into is None else into + dw_KN
 

@@ -10,6 +10,7 @@ from pallas_kernels.fp8_gemm.op import check_into, check_operand
 from pallas_kernels.fp8_gemm.pallas_sm90 import gemm_obstacle, wgrad_obstacle
 from pallas_kernels.fp8_gemm.reference import BLOCK
 from pallas_kernels.grouped_fp8_gemm import pallas_sm90, reference
+from pallas_kernels.once import once
 
 
 def grouped_fp8_gemm(
@@ -54,7 +55,7 @@ def grouped_fp8_gemm(
     used = _used(num_blocks, group_of_block)
     obstacle = gemm_obstacle(q_MK, w_GNK, dtype)
     if dispatch.choose("grouped_fp8_gemm", implementation, {"pallas": obstacle}) == "pallas":
-        return pallas_sm90.gemm(q_MK, sa_KM, w_GNK, sb_GNK, group_of_block, used, dtype=dtype)
+        return once(pallas_sm90.gemm, dtype=dtype)(q_MK, sa_KM, w_GNK, sb_GNK, group_of_block, used)
     return reference.grouped_fp8_gemm(q_MK, sa_KM, w_GNK, sb_GNK, group_of_block, used).astype(dtype)
 
 
@@ -96,7 +97,7 @@ def masked_fp8_gemm(
     check_operand("masked_fp8_gemm", "w_GNK", w_GNK, "sb_GNK", sb_GNK, (groups, -(-columns // BLOCK), steps))
     obstacle = gemm_obstacle(q_GMK, w_GNK, dtype)
     if dispatch.choose("masked_fp8_gemm", implementation, {"pallas": obstacle}) == "pallas":
-        return pallas_sm90.masked(q_GMK, sa_GKM, w_GNK, sb_GNK, counts_G, dtype=dtype)
+        return once(pallas_sm90.masked, dtype=dtype)(q_GMK, sa_GKM, w_GNK, sb_GNK, counts_G)
     return reference.masked_fp8_gemm(q_GMK, sa_GKM, w_GNK, sb_GNK, counts_G).astype(dtype)
 
 
@@ -145,7 +146,7 @@ def grouped_fp8_wgrad(
     operands = (x_KM, sx_MK, dy_NM, sdy_MN, group_of_block, used)
     obstacle = wgrad_obstacle(x_KM, dy_NM)
     if dispatch.choose("grouped_fp8_wgrad", implementation, {"pallas": obstacle}) == "pallas":
-        return pallas_sm90.wgrad(*operands, num_groups=num_groups, into=into)
+        return once(pallas_sm90.wgrad, num_groups=num_groups)(*operands, into=into)
     dw_GKN = reference.grouped_fp8_wgrad(*operands, num_groups=num_groups)
     return dw_GKN if into is None else into + dw_GKN
 

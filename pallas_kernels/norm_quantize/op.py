@@ -8,6 +8,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.norm_quantize import pallas_sm90, reference
+from pallas_kernels.once import once
+from pallas_kernels.quantize.op import quantize_rows
 from pallas_kernels.quantize.reference import Tiles
 
 
@@ -59,9 +61,18 @@ def norm_backward(
 def _norm_quantize(
     x: Array, weight: Array, eps: float, power_of_two: bool, with_output: bool, chosen: str
 ) -> tuple[Tiles, Array]:
-    module = pallas_sm90 if chosen == "pallas" else reference
-    tiles, y = module.norm_quantize(x, weight, eps, power_of_two, with_output)
+    how = {"eps": eps, "power_of_two": power_of_two, "with_output": with_output}
+    run = once(pallas_sm90.norm_quantize, **how) if chosen == "pallas" else functools.partial(_in_two_steps, **how)
+    tiles, y = run(x, weight)
     return tiles, jnp.zeros_like(x) if y is None else y
+
+
+def _in_two_steps(
+    x: Array, weight: Array, *, eps: float, power_of_two: bool, with_output: bool
+) -> tuple[Tiles, Array | None]:
+    """The definition, with a kernel for its quantizer where there is one."""
+    y = reference.rms_norm(x, weight, eps).astype(x.dtype)
+    return quantize_rows(y, power_of_two), y if with_output else None
 
 
 def _forward(

@@ -1,5 +1,6 @@
 """The public quantizers, with the choice of implementation. None has a gradient of its own: layers define theirs."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float8e4m3fn, Float32
 
 from pallas_kernels import dispatch
+from pallas_kernels.once import once
 from pallas_kernels.quantize import pallas_sm90, reference
 from pallas_kernels.quantize.reference import Tiles
 
@@ -43,9 +45,13 @@ def _run(name: str, implementation: str, power_of_two: bool, *arrays: Array) -> 
     why = pallas_sm90.obstacle(arrays[0], _DTYPES.get(name, _ACTIVATIONS))
     chosen = dispatch.choose(name, implementation, {"pallas": why})
     function = getattr({"pallas": pallas_sm90, "xla": reference}[chosen], name)
+    if chosen == "pallas":
+        function = once(function, power_of_two=power_of_two)
+    else:
+        function = functools.partial(function, power_of_two=power_of_two)
 
     def run(*arrays: Array) -> Any:
-        return function(*arrays, power_of_two)
+        return function(*arrays)
 
     run.__name__ = name
     return without_gradient(run)(*arrays)

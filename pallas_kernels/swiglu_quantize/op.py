@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
+from pallas_kernels.once import once
 from pallas_kernels.quantize import pallas_sm90 as quantizer
 from pallas_kernels.quantize.reference import Tiles
 from pallas_kernels.swiglu_quantize import backward_sm90, pallas_sm90, reference
@@ -39,8 +40,9 @@ def swiglu_quantize(
     if gate_up_MF.shape[1] % 2:
         raise ValueError(f"swiglu_quantize: gate_up_MF must have an even number of columns, got {gate_up_MF.shape[1]}")
     chosen = dispatch.choose("swiglu_quantize", implementation, {"pallas": pallas_sm90.obstacle(gate_up_MF)})
-    module = pallas_sm90 if chosen == "pallas" else reference
-    return module.swiglu_quantize(gate_up_MF, power_of_two)
+    if chosen == "pallas":
+        return once(pallas_sm90.swiglu_quantize, power_of_two=power_of_two)(gate_up_MF)
+    return reference.swiglu_quantize(gate_up_MF, power_of_two)
 
 
 def swiglu_backward(
@@ -85,8 +87,9 @@ def swiglu_backward_quantize(
         ValueError: the implementation asked for cannot run.
     """
     chosen = dispatch.choose("swiglu_backward_quantize", implementation, {"pallas": quantizer.obstacle(dout_MI)})
-    module = backward_sm90 if chosen == "pallas" else reference
-    return module.swiglu_backward_quantize(stored, dout_MI, power_of_two)
+    if chosen == "pallas":
+        return once(backward_sm90.swiglu_backward_quantize, power_of_two=power_of_two)(stored, dout_MI)
+    return reference.swiglu_backward_quantize(stored, dout_MI, power_of_two)
 
 
 def swiglu_with_gradient(
