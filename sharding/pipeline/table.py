@@ -40,8 +40,10 @@ class Col(IntEnum):
     B_IN = 11
     """Gradient slot that the backward pass reads; none on the last stage, which has the loss."""
     B_SAVED = 12
-    """Residual slot that the backward pass reads."""
+    """Residual slot that the backward pass reads. What a ``BX`` reads stays there for its ``W``, which has the slot in
+    this column too: of two things to multiply, the first need not be kept twice."""
     B_SAVED_FIRST = 13
+    """The same."""
     B_SAVED_LAST = 14
     DEFERRED = 15
     """Slot that a ``BX`` writes and its ``W`` reads."""
@@ -173,13 +175,13 @@ def _ticks(schedule: Schedule, lag: int) -> list[dict[Action, int]]:
 
 
 class _Life(NamedTuple):
-    """One use of a slot: where and when it is written and read for the last time."""
+    """One use of a slot: where and when it is written and read."""
 
     rank: int
     put: int
     put_column: Col
-    get: int
-    get_column: Col
+    reads: tuple[tuple[int, Col], ...]
+    """Ticks and columns, in order."""
     micro: int
 
 
@@ -200,20 +202,22 @@ def _lives(schedule: Schedule, ticks: list[dict[Action, int]], lag: int) -> dict
         if stage > 0:
             way, delay = _way(schedule, stage - 1, rank, micro, lag)
             lives["activation"].append(
-                _Life(rank, done["F"][stage - 1, micro] + delay, Col["ACT_" + way], f, Col.F_IN, micro)
+                _Life(rank, done["F"][stage - 1, micro] + delay, Col["ACT_" + way], ((f, Col.F_IN),), micro)
             )
         if stage < last:
             way, delay = _way(schedule, stage + 1, rank, micro, lag)
             lives["gradient"].append(
-                _Life(rank, done["B"][stage + 1, micro] + delay, Col["GRAD_" + way], b, Col.B_IN, micro)
+                _Life(rank, done["B"][stage + 1, micro] + delay, Col["GRAD_" + way], ((b, Col.B_IN),), micro)
             )
         for name, suffix, there in (("", "", True), ("first", "_FIRST", stage == 0), ("last", "_LAST", stage == last)):
             if not there:
                 continue
-            lives[name or "residual"].append(_Life(rank, f, Col["F_SAVE" + suffix], b, Col["B_SAVED" + suffix], micro))
+            saved = Col["B_SAVED" + suffix]
+            reads = ((b, saved),) if w is None or name == "last" else ((b, saved), (w, saved))
+            lives[name or "residual"].append(_Life(rank, f, Col["F_SAVE" + suffix], reads, micro))
             if w is not None:
                 column = Col["DEFERRED" + suffix]
-                lives["deferred" + suffix.lower()].append(_Life(rank, b, column, w, column, micro))
+                lives["deferred" + suffix.lower()].append(_Life(rank, b, column, ((w, column),), micro))
     return lives
 
 
@@ -233,7 +237,7 @@ def _fill(rows: np.ndarray, lives: list[_Life], *, at_once: bool) -> int:
     for life in sorted(lives, key=lambda life: life.put):
         ends = free_from.setdefault(life.rank, [])
         slot = next((i for i, end in enumerate(ends) if end < life.put + at_once), len(ends))
-        ends[slot : slot + 1] = [life.get]
-        rows[life.put, life.rank, life.put_column] = slot
-        rows[life.get, life.rank, life.get_column] = slot
+        ends[slot : slot + 1] = [life.reads[-1][0]]
+        for tick, column in ((life.put, life.put_column), *life.reads):
+            rows[tick, life.rank, column] = slot
     return max(map(len, free_from.values()), default=0)

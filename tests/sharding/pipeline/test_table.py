@@ -95,7 +95,9 @@ def test_a_program_that_reads_then_writes_the_rings_finds_what_it_needs(made):
             if kind == Kind.W:
                 stage, micro = row[Col.B_STAGE], row[Col.B_MICRO]
                 check("deferred", rank, row[Col.DEFERRED], (stage, micro))
+                check("residual", rank, row[Col.B_SAVED], (stage, micro))
                 if stage == 0:
+                    check("first", rank, row[Col.B_SAVED_FIRST], (stage, micro))
                     check("deferred_first", rank, row[Col.DEFERRED_FIRST], (stage, micro))
                 if stage == last:
                     check("deferred_last", rank, row[Col.DEFERRED_LAST], (stage, micro))
