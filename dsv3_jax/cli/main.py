@@ -13,7 +13,7 @@ COMMANDS = {
     "train": "train a preset, or go on with a run, with plots and a sample at the end",
     "generate": "write text with a trained model",
     "convert": "bring weights in and out: Hugging Face folders, our checkpoints, PyTorch files",
-    "plan": "predict what a device will hold on a mesh, by component",
+    "plan": "predict what a device will hold on a mesh, or compare and draw the schedules of a pipeline",
     "info": "print a preset's parameters, FLOPs and cache bytes per token",
     "bench": "measure a training step, the kernels, or the loss in several precisions",
 }

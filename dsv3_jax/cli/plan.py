@@ -35,7 +35,10 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError(f"dsv3 plan {words[0]!r} is not known; there is {', '.join(PLANS)}")
     if words[0] == "pipeline":
         return plan_pipeline.run(words[1:])
-    description = "Bytes on each device while a preset trains on a mesh, by component. Nothing is compiled."
+    description = (
+        "Bytes on each device while a preset trains on a mesh, by component. Nothing is compiled. "
+        "See also `dsv3 plan pipeline --help`."
+    )
     rest = words[1:] if words[0] in PLANS else words
     config, options = parse_config("dsv3 plan memory", rest, description, Options, trainable=False)
     if options.device_gb < 0:
