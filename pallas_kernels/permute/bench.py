@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import bench_table
-from pallas_kernels.permute import Plan, make_plan, permute, unpermute
+from pallas_kernels.permute import Plan, make_plan, permute, permute_tiles, unpermute
+from pallas_kernels.quantize import Tiles, quantize_rows
 
 CASES = {  # name: (T, D, E, K, block)
     "bench_3b": (16384, 2048, 64, 6, 128),
@@ -25,6 +26,14 @@ def _gradient_of_permute(x_TD: Array, dy_MD: Array, plan: Plan) -> Array:
 
 def _gradients_of_unpermute(y_MD: Array, weights_TK: Array, dout_TD: Array, plan: Plan) -> tuple[Array, Array]:
     return jax.vjp(lambda y, w: unpermute(y, w, plan), y_MD, weights_TK)[1](dout_TD)
+
+
+def _tiles_of_rows(x_TD: Array, plan: Plan) -> Tiles:
+    return quantize_rows(permute(x_TD, plan), power_of_two=True)
+
+
+def _rows_of_tiles(x_TD: Array, plan: Plan) -> Tiles:
+    return permute_tiles(quantize_rows(x_TD, power_of_two=True), plan)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,6 +57,11 @@ def main(arguments: list[str] | None = None) -> None:
             ("its grad", _gradients_of_unpermute, (rows, weights, dout, plan), 2 * all_rows + once),
         ):
             table.measure(name, operation, "xla", function, inputs, moved_bytes=moved)
+        moved = 2 * tokens * dim + tokens * choices * dim
+        later = table.measure(name, "to tiles", "permute, quantize", _tiles_of_rows, (x, plan), moved_bytes=moved)
+        table.measure(
+            name, "to tiles", "quantize, permute", _rows_of_tiles, (x, plan), moved_bytes=moved, against=later
+        )
 
 
 if __name__ == "__main__":
