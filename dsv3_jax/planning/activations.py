@@ -1,7 +1,7 @@
 """What one transformer block keeps for its backward pass, tensor by tensor, for each mode of recomputation.
 
 Without recomputation JAX keeps what the derivative of every operation needs. The list below is that of the program
-(tests compare it with the traced one); an RMSNorm, which works in float32, keeps four arrays of its width.
+(tests compare it with the traced one).
 """
 
 import math
@@ -121,9 +121,9 @@ def _named(model: ModelConfig, work: Work, *, moe: bool) -> Tensors:
     return kept | {"rows from other devices": sum(hop.arrived for hop in _hops(model, work))}
 
 
-def _norm(width: int, work: Work, *, output: bool = True) -> int:
-    """Input, normalized and squared rows in float32, two numbers a row, the scale, and the output."""
-    return work.tokens * (12 * width + 8 + (work.element * width if output else 0)) + 4 * width
+def _norm(width: int, work: Work) -> int:
+    """Input and output, and a number a row in float32."""
+    return work.tokens * (2 * width * work.element + 4)
 
 
 def _attention(model: ModelConfig, work: Work) -> Tensors:
@@ -140,8 +140,8 @@ def _attention(model: ModelConfig, work: Work) -> Tensors:
 
 
 def _swiglu(rows: int, width: int, work: Work) -> int:
-    """Gate, up, three values of SiLU and the product."""
-    return 6 * rows * width * work.element
+    """Gate, up and their product."""
+    return 3 * rows * width * work.element
 
 
 def _dense(model: ModelConfig, work: Work) -> Tensors:
@@ -157,24 +157,18 @@ def _experts(model: ModelConfig, work: Work) -> Tensors:
     local = experts // work.placement.size
     held, rows = rows_of_experts(model, work)
     columns = chosen if work.placement.size == 1 else min(chosen, local)
-    # In float32 the router's input is the norm's output itself.
-    reads_output = work.element == 4 or model.n_shared_experts > 0
-    router = tokens * 4 * d if work.element != 4 else 0
-    if model.scoring_func == "sigmoid":
-        router += tokens * 4 * experts
-    else:
-        router += tokens * 4 * (experts + 2)
+    router = tokens * 4 * (experts if model.scoring_func == "sigmoid" else experts + 2)
     router += tokens * 4 * chosen * 2  # choices and weights
     if model.norm_topk_prob:
         router += tokens * 4 * (chosen + 2)
     if work.sequence_balance:
         router += tokens * 4 * (experts + 2) + work.sequences * 4 * experts
     kept = {
-        "ffn norm": _norm(d, work, output=reads_output),
+        "ffn norm": _norm(d, work),
         "router": router,
         "plan": 4 * (local + rows // work.block + rows + held * columns + 1),
-        "experts' rows": 2 * rows * d * work.element,
-        "experts' swiglu": _swiglu(rows, width, work),
+        "experts' tokens": held * (d * work.element + (4 * columns if work.placement.size > 1 else 0)),
+        "experts' gate_up": rows * 2 * width * work.element,
     }
     if work.placement.size > 1:
         ring = tokens * (d * work.element + 8 * chosen) if work.placement.transport == "ring" else 0
