@@ -21,11 +21,12 @@ from dsv3_jax.nn import fp8
 from dsv3_jax.nn.block import Block, rematerialize
 from dsv3_jax.nn.router import RouterBias
 from dsv3_jax.train.loss import Losses, activation_dtype, balance_of, end_losses
-from sharding.pipeline.executor import Stage, execute, plan_of
+from sharding.pipeline.actions import BACKWARD, FORWARD, Kind
+from sharding.pipeline.executor import execute, plan_of
 from sharding.pipeline.partition import Partition
 from sharding.pipeline.schedule import make_schedule
 from sharding.pipeline.split import in_parts
-from sharding.pipeline.stack import Stack, put, take, when, zeros
+from sharding.pipeline.stack import Pass, Stack, put, ring, take, when
 from sharding.pipeline.table import Col, table
 
 _Memory = dict[str, Any]
@@ -126,32 +127,23 @@ class Pipeline:
             (tokens.shape[1], tokens.shape[2] - 1, model.hidden_size), activation_dtype(self.config.train.precision)
         )
         stage = _Stage(self, weights, tokens, scalars, message)
-        memory = execute(stage, self.plan, rows, ticks, stage.memory(), message)
-        return memory["grads"], stage.losses(memory)
+        memory = execute(stage.tick, self.plan, rows, ticks, stage.memory(), message)
+        return stage.gradients(memory), stage.losses(memory)
 
 
-class _Stage(Stage):
-    """One step's computation, while it is traced; public methods are described where they are inherited from."""
+class _Stage:
+    """What a rank computes in one step, while it is traced."""
 
     def __init__(self, pipeline: Pipeline, weights: Weights, tokens: Array, scalars: dict[str, Array], message: Any):
         self._pipeline, self._weights, self._tokens, self._scalars = pipeline, weights, tokens, scalars
         self._message = message
         model, partition = pipeline.config.model, pipeline.partition
-        self._last = len(partition.counts) - 1
+        self._n_dense, self._slots, self._last = model.n_dense_layers, partition.slots, len(partition.counts) - 1
         self._counts = jnp.asarray(partition.counts, jnp.int32)
-        self._dense = model.n_dense_layers
         self._layers = jnp.asarray(partition.held.reshape(pipeline.plan.ranks, -1))[lax.axis_index("pipe")]
         self._d_cost = tokens.shape[1] / scalars["sequence_total"]
-        self._given = {name: self._given_of(name) for name in pipeline.blocks}
-        self._stacks = {
-            name: self._stack(name, partition.slots if name == "moe" else self._dense) for name in pipeline.blocks
-        }
-
-    def _given_of(self, name: str) -> Tree:
-        """Router biases and codes of a stack, by layer."""
-        bias = self._weights.router_bias.get(name, {})
-        codes = {path: code for path, code in self._weights.codes.items() if path.startswith(f"{name}/")}
-        return {"bias": jax.tree.map(lambda leaf: leaf[jnp.maximum(self._layers, 0)], bias), "codes": codes}
+        self._moe = self._stack("moe", self._slots)
+        self._dense = self._stack("dense", self._n_dense) if self._n_dense else None
 
     def _stack(self, name: str, slots: int) -> Stack:
         train, graph = self._pipeline.config.train, self._pipeline.blocks[name]
@@ -166,101 +158,94 @@ class _Stage(Stage):
                 return (x, jnp.zeros((), jnp.float32)), ()
             return (x, aux.balance_loss), aux.counts
 
+        params = self._weights.params[name]
+        bias = self._weights.router_bias.get(name, {}) if name == "moe" else {}
+        given = {
+            "bias": jax.tree.map(lambda leaf: leaf[jnp.maximum(self._layers, 0)], bias),
+            "codes": {path: code for path, code in self._weights.codes.items() if path.startswith(f"{name}/")},
+        }
         one = functools.partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype))
         function = rematerialize(layer, train.remat, scanned=True)
-        parts = in_parts(function, one(self._weights.params[name]), one(self._given[name]), self._message)
-        return Stack(parts, slots)
+        parts = in_parts(function, one(params), one(given), self._message)
+        return Stack(parts, slots, params, given, self._d_cost)
 
     def memory(self) -> _Memory:
         """What a step starts with: empty rings, sums of nothing."""
-        slots, params = self._pipeline.slots, self._weights.params
-        rings = {"moe": (slots.residual, slots.deferred), "dense": (slots.first, slots.deferred_first)}
-        grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-        return {
-            "kept": {name: stack.kept(rings[name][0]) for name, stack in self._stacks.items()},
-            "late": {name: stack.deferred(rings[name][1]) for name, stack in self._stacks.items()},
-            "raw": zeros((slots.last + 1,), self._message),
-            "grads": grads,
-            "record": {name: self._empty_record(name) for name in self._stacks},
-            "end": jax.tree.map(
-                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-                jax.eval_shape(self._end, self._late_params(), self._message, self._tokens[0])[1],
-            ),
+        slots, experts = self._pipeline.slots, self._pipeline.config.model.n_routed_experts
+        late, held = self._late_params(), self._layers.size
+        end = jax.eval_shape(self._end, late, self._message, self._tokens[0])[1]
+        counts = jnp.zeros((held, experts), jnp.int32)
+        memory = {
+            "moe": self._moe.memory((jnp.zeros((held,), jnp.float32), counts), slots.residual, slots.deferred),
+            "raw": ring((slots.last + 1,), self._message),
+            "grads": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), late),
+            "losses": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), end),
         }
+        if self._dense:
+            record = (jnp.zeros((self._n_dense,), jnp.float32), ())
+            memory["dense"] = self._dense.memory(record, slots.first, slots.deferred_first)
+        return memory
 
-    def _empty_record(self, name: str) -> tuple[Array, Any]:
-        layers = jax.tree.leaves(self._weights.params[name])[0].shape[0]
-        counts = jnp.zeros((layers, self._pipeline.config.model.n_routed_experts), jnp.int32) if name == "moe" else ()
-        return jnp.zeros((layers,), jnp.float32), counts
+    def tick(self, memory: _Memory, x: Array, dy: Array, row: Array) -> tuple[_Memory, Array, Array]:
+        """See :data:`sharding.pipeline.executor.Tick`."""
+        kinds = self._pipeline.plan.kinds
 
-    def forward(self, memory: _Memory, x: Array, row: Array) -> tuple[_Memory, Array]:
-        """See :class:`sharding.pipeline.executor.Stage`."""
-        is_first = row[Col.F_STAGE] == 0
-        tokens = take(self._tokens, row[Col.F_MICRO])
-        table = self._weights.params["embedding"]["table"]
-        x = jnp.where(is_first, table[jnp.maximum(tokens[:, :-1], 0)].astype(x.dtype), x)
-        kept, record = dict(memory["kept"]), dict(memory["record"])
-        for name in self._stacks:
-            first, count = self._range(name, row[Col.F_CHUNK], row[Col.F_STAGE])
-            slot = row[Col.F_SAVE if name == "moe" else Col.F_SAVE_FIRST]
-            x, kept[name], record[name] = self._stacks[name].forward(
-                self._weights.params[name], self._given[name], x, kept[name], record[name], first, count, slot
-            )
-        raw = put(memory["raw"], x, row[Col.F_SAVE_LAST])
-        return memory | {"kept": kept, "record": record, "raw": raw}, x
+        def is_one(*of: Kind) -> Array:
+            return jnp.any(jnp.asarray([row[Col.KIND] == kind for kind in of]))
 
-    def _range(self, name: str, chunk: Array, stage: Array) -> tuple[Any, Array]:
-        """First layer and number of layers of a pass through a stack."""
-        if name == "dense":
-            return 0, jnp.where(stage == 0, self._dense, 0)
-        return chunk * self._pipeline.partition.slots, self._counts[stage]
+        ahead, at_first = self._passes(row, "F", is_one(*FORWARD))
+        back, back_at_first = self._passes(row, "B", is_one(Kind.B, Kind.FB))
+        later, later_at_first = self._passes(row, "B", is_one(Kind.BX))
+        weight, weight_at_first = self._passes(row, "B", is_one(Kind.W))
+        x = jnp.where(row[Col.F_STAGE] == 0, self._embedded(take(self._tokens, row[Col.F_MICRO])), x)
+        memory, dy = self._from_the_loss(memory, dy, row, is_one(*BACKWARD))
+        memory, dense, moe = dict(memory), memory.get("dense"), memory["moe"]
+        if self._dense:
+            dense, x = self._dense.forward(dense, x, at_first)
+        if Kind.FB in kinds:
+            moe, y, dy = self._moe.both(moe, x, dy, ahead, back, is_one(Kind.FB))
+        else:
+            moe, y = self._moe.forward(moe, x, ahead)
+            moe, dy = self._moe.backward(moe, dy, back)
+        memory["raw"] = put(memory["raw"], y, row[Col.F_SAVE_LAST])
+        if Kind.BX in kinds:
+            moe, dy = self._moe.backward_input(moe, dy, later)
+            moe = self._moe.weight_gradient(moe, weight)
+        if self._dense:
+            dense, dy = self._dense.backward(dense, dy, back_at_first)
+            if Kind.BX in kinds:
+                dense, dy = self._dense.backward_input(dense, dy, later_at_first)
+                dense = self._dense.weight_gradient(dense, weight_at_first)
+            memory["dense"] = dense
+        memory["grads"] = self._into_the_table(memory["grads"], dy, row, is_one(*BACKWARD))
+        return memory | {"moe": moe}, y, dy
 
-    def backward(self, memory: _Memory, dy: Array, row: Array) -> tuple[_Memory, Array]:
-        """See :class:`sharding.pipeline.executor.Stage`."""
-        return self._backward(memory, dy, row, defer=False)
-
-    def backward_input(self, memory: _Memory, dy: Array, row: Array) -> tuple[_Memory, Array]:
-        """See :class:`sharding.pipeline.executor.Stage`. The ends' own gradients are not put off."""
-        return self._backward(memory, dy, row, defer=True)
-
-    def _backward(self, memory: _Memory, dy: Array, row: Array, *, defer: bool) -> tuple[_Memory, Array]:
-        memory, dy = self._from_the_loss(memory, dy, row)
-        grads, late = dict(memory["grads"]), dict(memory["late"])
-        for name in reversed(self._stacks):
-            suffix = "" if name == "moe" else "_FIRST"
-            stack, weights, given = self._stacks[name], self._weights.params[name], self._given[name]
-            first, count = self._range(name, row[Col.B_CHUNK], row[Col.B_STAGE])
-            saved = memory["kept"][name], first, count, row[Col["B_SAVED" + suffix]]
-            arguments = (weights, given, dy, self._d_cost, grads[name], *saved)
-            if defer:
-                dy, grads[name], late[name] = stack.backward_input(
-                    *arguments, late[name], row[Col["DEFERRED" + suffix]]
-                )
-            else:
-                dy, grads[name] = stack.backward(*arguments)
-        tokens = jnp.maximum(take(self._tokens, row[Col.B_MICRO])[:, :-1], 0)
-        grads["embedding"] = when(
-            row[Col.B_STAGE] == 0,
-            lambda grad: {"table": grad["table"].at[tokens].add(dy.astype(jnp.float32))},
-            grads["embedding"],
+    def _passes(self, row: Array, way: str, there: Array) -> tuple[Pass, Pass]:
+        """The row's forward (``F``) or backward (``B``) pass through a stage's layers, if it is ``there``, and through
+        the dense layers, if it is the first stage's."""
+        stage = row[Col[f"{way}_STAGE"]]
+        saved = Col.F_SAVE if way == "F" else Col.B_SAVED
+        saved_first = Col.F_SAVE_FIRST if way == "F" else Col.B_SAVED_FIRST
+        count = jnp.where(there, self._counts[stage], 0)
+        dense = jnp.where(there & (stage == 0), self._n_dense, 0)
+        return (
+            Pass(row[Col[f"{way}_CHUNK"]] * self._slots, count, row[saved], row[Col.DEFERRED]),
+            Pass(0, dense, row[saved_first], row[Col.DEFERRED_FIRST]),
         )
-        return memory | {"grads": grads, "late": late}, dy
 
-    def weight_gradient(self, memory: _Memory, row: Array) -> _Memory:
-        """See :class:`sharding.pipeline.executor.Stage`."""
-        grads = dict(memory["grads"])
-        for name, stack in self._stacks.items():
-            first, count = self._range(name, row[Col.B_CHUNK], row[Col.B_STAGE])
-            slot = row[Col.DEFERRED if name == "moe" else Col.DEFERRED_FIRST]
-            weights, given = self._weights.params[name], self._given[name]
-            grads[name] = stack.weight_gradient(weights, given, memory["late"][name], grads[name], first, count, slot)
-        return memory | {"grads": grads}
+    def _embedded(self, tokens: Array) -> Array:
+        table = self._weights.params["embedding"]["table"]
+        return table[jnp.maximum(tokens[:, :-1], 0)].astype(self._message.dtype)
 
-    def both(self, memory: _Memory, x: Array, dy: Array, row: Array) -> tuple[_Memory, Array, Array]:
-        """See :class:`sharding.pipeline.executor.Stage`."""
-        memory, dx = self.backward(memory, dy, row)
-        memory, y = self.forward(memory, x, row)
-        return memory, y, dx
+    def _into_the_table(self, grads: Tree, dx: Array, row: Array, there: Array) -> Tree:
+        """On the first stage, the gradient of :meth:`_embedded` added."""
+        tokens = jnp.maximum(take(self._tokens, row[Col.B_MICRO])[:, :-1], 0)
+
+        def change(table: Array) -> Array:
+            return table.at[tokens].add(dx.astype(table.dtype))
+
+        table = when(there & (row[Col.B_STAGE] == 0), change, grads["embedding"]["table"])
+        return grads | {"embedding": {"table": table}}
 
     def _late_params(self) -> Tree:
         return {name: part for name, part in self._weights.params.items() if name not in ("dense", "moe")}
@@ -273,27 +258,31 @@ class _Stage(Stage):
         losses = end_losses(model, raw, tokens, self._pipeline.config, None, **self._scalars)
         return losses.total, losses
 
-    def _from_the_loss(self, memory: _Memory, dy: Array, row: Array) -> tuple[_Memory, Array]:
-        """On the last stage, the trunk output's gradient, and its losses and weights' gradients added up.
+    def _from_the_loss(self, memory: _Memory, dy: Array, row: Array, there: Array) -> tuple[_Memory, Array]:
+        """On the last stage, the gradient of the trunk's output, and losses and the weights' gradients added up.
 
-        They are all made here, of the trunk's output, so that nothing else is kept for them.
+        All are made here of the trunk's output, so that nothing else is kept for them.
         """
         params = self._late_params()
 
         def make(carry: Any) -> Any:
-            grads, end, _ = carry
+            grads, sums, _ = carry
             raw, tokens = take(memory["raw"], row[Col.B_SAVED_LAST]), take(self._tokens, row[Col.B_MICRO])
             (_, losses), (found, d_raw) = jax.value_and_grad(self._end, (0, 1), has_aux=True)(params, raw, tokens)
-            return jax.tree.map(jnp.add, grads, found), jax.tree.map(jnp.add, end, losses), d_raw
+            return jax.tree.map(jnp.add, grads, found), jax.tree.map(jnp.add, sums, losses), d_raw
 
-        grads = {name: memory["grads"][name] for name in params}
-        grads, end, dy = when(row[Col.B_STAGE] == self._last, make, (grads, memory["end"], dy))
-        return memory | {"grads": memory["grads"] | grads, "end": end}, dy
+        carry = memory["grads"], memory["losses"], dy
+        grads, losses, dy = when(there & (row[Col.B_STAGE] == self._last), make, carry)
+        return memory | {"grads": grads, "losses": losses}, dy
+
+    def gradients(self, memory: _Memory) -> Tree:
+        """All weights' gradients."""
+        return memory["grads"] | {name: memory[name]["grads"] for name in ("dense", "moe") if name in memory}
 
     def losses(self, memory: _Memory) -> Losses:
         """This rank's part of the step's losses, and of the counts of all routers of the model."""
-        end: Losses = memory["end"]
-        cost, counts = memory["record"]["moe"]
+        end: Losses = memory["losses"]
+        cost, counts = memory["moe"]["record"]
         balance = jnp.sum(cost) * self._d_cost
         layers = self._pipeline.config.model.n_moe_layers
         places = jnp.where(self._layers < 0, layers, self._layers)

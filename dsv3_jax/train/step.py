@@ -35,7 +35,7 @@ class _Scalars(NamedTuple):
     mtp_weight: Any
     bias_update_speed: Any
     micro_batches: Any
-    table: Any
+    table: Any = ()
     """Rows of the pipeline's table and how many count: see :meth:`~dsv3_jax.train.pipeline.Pipeline.rows`."""
 
 

@@ -1,11 +1,12 @@
 """A stack of equal layers inside a stage: run layer by layer, what the backward pass needs kept in rings.
 
-Loops go over as many layers as the stage has, a traced number, so that stages with fewer layers do less. All arrays
-that a loop changes are carried through it, which XLA does in place.
+A pass is a loop over as many layers as its stage has, a traced number: none in a tick without such a pass, fewer on
+stages that have fewer. So one program serves all ranks and ticks without branches, and all that a pass changes is
+carried through its loop, which XLA does in place.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,98 +15,123 @@ from jaxtyping import Array, Bool, Int
 
 from sharding.pipeline.split import Layer
 
-Index = Int[Array, ""]
+Number = Int[Array, ""] | int
+
+
+class Pass(NamedTuple):
+    """One pass through a stage's layers."""
+
+    first: Number
+    """Of all layers that the rank holds, the stage's first."""
+    layers: Number
+    """How many layers; 0: there is no such pass in this tick."""
+    slot: Number
+    """Of the ring of what is kept for the backward pass."""
+    late: Number = -1
+    """Slot of the ring of weight gradients put off."""
 
 
 class Stack:
-    """Layers of one kind.
+    """Layers of one kind; a layer's output is ``(y, cost)``, the cost a scalar that is part of the loss.
 
-    Weights, gradients and records have a leading layer dim of all that the rank holds; a stage's layers are ``count``
-    of them from ``first`` on. A layer's output is ``(y, cost)``, the cost a scalar that is part of the loss.
+    Args:
+        layer: one layer in parts.
+        slots: layers of the largest stage.
+        weights: of all layers that the rank holds, with a leading layer dim, as has ``given``.
+        given: see :func:`~sharding.pipeline.split.in_parts`.
+        d_cost: what a layer's cost counts in the loss.
     """
 
-    def __init__(self, layer: Layer, slots: int):
-        self._layer, self._slots = layer, slots
+    def __init__(self, layer: Layer, slots: int, weights: Any, given: Any, d_cost: Array):
+        self._layer, self._slots, self._weights, self._given, self._d_cost = layer, slots, weights, given, d_cost
 
-    def kept(self, ring: int) -> list[Array]:
-        """An empty ring of so many slots, and one that takes what nobody reads, for :meth:`forward`."""
-        return [zeros((ring + 1, self._slots), shape) for shape in self._layer.kept]
+    def memory(self, record: Any, kept: int, late: int) -> dict[str, Any]:
+        """What passes go on from: empty rings, gradients of 0, and ``record`` for what layers report (cost and aux).
 
-    def deferred(self, ring: int) -> list[Array]:
-        """The same for :meth:`backward`."""
-        return [zeros((ring + 1, self._slots), shape) for shape in self._layer.deferred]
+        A ring has ``kept`` or ``late`` slots and one that takes what nobody reads.
+        """
+        return {
+            "kept": [ring((kept + 1, self._slots), shape) for shape in self._layer.kept],
+            "late": [ring((late + 1, self._slots), shape) for shape in self._layer.deferred],
+            "grads": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), self._weights),
+            "record": record,
+        }
 
-    def forward(
-        self, weights: Any, given: Any, x: Any, kept: list[Array], record: Any, first: Index, count: Index, slot: Index
-    ) -> tuple[Any, list[Array], Any]:
-        """``x`` after the layers; ``kept`` with what their backward passes need in ``slot``; ``record`` with what they
-        report (cost and aux) added."""
+    def forward(self, memory: Any, x: Array, ahead: Pass, begin: Number = 0) -> tuple[Any, Array]:
+        """``x`` after the layers from number ``begin`` on; what they report is added to the record."""
 
-        def step(i: Index, carry: Any) -> Any:
-            x, kept, record = carry
-            (x, cost), aux, new = self._layer.forward(take(weights, first + i), take(given, first + i), x)
-            return x, put(kept, new, slot, i), add(record, (cost, aux), first + i)
+        def step(i: Number, carry: Any) -> Any:
+            memory, x = carry
+            return self._ahead(memory, x, ahead, i)
 
-        return lax.fori_loop(0, count, step, (x, kept, record))
+        return lax.fori_loop(begin, ahead.layers, step, (memory, x))
 
-    def backward(
-        self,
-        weights: Any,
-        given: Any,
-        dy: Any,
-        d_cost: Array,
-        grads: Any,
-        kept: list[Array],
-        first: Index,
-        count: Index,
-        slot: Index,
-    ) -> tuple[Any, Any]:
-        """The input's gradient, and ``grads`` with the layers' added."""
+    def backward(self, memory: Any, dy: Array, back: Pass, begin: Number = 0) -> tuple[Any, Array]:
+        """The input's gradient, the weights' added; the last ``begin`` layers have been gone through."""
 
-        def step(i: Index, carry: Any) -> Any:
-            dy, grads = carry
-            at = count - 1 - i
-            w, g, saved = take(weights, first + at), take(given, first + at), take(kept, slot, at)
-            dx, dw = self._layer.backward(w, g, saved, (dy, d_cost))
-            return dx, add(grads, dw, first + at)
+        def step(i: Number, carry: Any) -> Any:
+            memory, dy = carry
+            return self._back(memory, dy, back, i, self._saved(memory, back, i))
 
-        return lax.fori_loop(0, count, step, (dy, grads))
+        return lax.fori_loop(begin, back.layers, step, (memory, dy))
 
-    def backward_input(
-        self,
-        weights: Any,
-        given: Any,
-        dy: Any,
-        d_cost: Array,
-        grads: Any,
-        kept: list[Array],
-        first: Index,
-        count: Index,
-        slot: Index,
-        deferred: list[Array],
-        late: Index,
-    ) -> tuple[Any, Any, list[Array]]:
-        """:meth:`backward`, but of the weight gradients what can be put off is: it lies in slot ``late`` then."""
+    def backward_input(self, memory: Any, dy: Array, back: Pass) -> tuple[Any, Array]:
+        """:meth:`backward` that puts off what it can of the weights' gradients."""
 
-        def step(i: Index, carry: Any) -> Any:
-            dy, grads, deferred = carry
-            at = count - 1 - i
-            w, g, saved = take(weights, first + at), take(given, first + at), take(kept, slot, at)
-            dx, dw, rest = self._layer.backward_input(w, g, saved, (dy, d_cost))
-            return dx, add(grads, dw, first + at), put(deferred, rest, late, at)
+        def step(i: Number, carry: Any) -> Any:
+            memory, dy = carry
+            at = back.layers - 1 - i
+            saved = self._saved(memory, back, i)
+            dx, now, rest = self._layer.backward_input(*self._of(back.first + at), saved, (dy, self._d_cost))
+            grads = add(memory["grads"], now, back.first + at)
+            return memory | {"grads": grads, "late": put(memory["late"], rest, back.late, at)}, dx
 
-        return lax.fori_loop(0, count, step, (dy, grads, deferred))
+        return lax.fori_loop(0, back.layers, step, (memory, dy))
 
-    def weight_gradient(
-        self, weights: Any, given: Any, deferred: list[Array], grads: Any, first: Index, count: Index, late: Index
-    ) -> Any:
-        """``grads`` with what was put off added."""
+    def weight_gradient(self, memory: Any, back: Pass) -> Any:
+        """What was put off."""
 
-        def step(i: Index, grads: Any) -> Any:
-            w, g, saved = take(weights, first + i), take(given, first + i), take(deferred, late, i)
-            return add(grads, self._layer.weight_gradient(w, g, saved), first + i)
+        def step(i: Number, memory: Any) -> Any:
+            found = self._layer.weight_gradient(*self._of(back.first + i), take(memory["late"], back.late, i))
+            return memory | {"grads": add(memory["grads"], found, back.first + i)}
 
-        return lax.fori_loop(0, count, step, grads)
+        return lax.fori_loop(0, back.layers, step, memory)
+
+    def both(
+        self, memory: Any, x: Array, dy: Array, ahead: Pass, back: Pass, paired: Bool[Array, ""]
+    ) -> tuple[Any, Array, Array]:
+        """:meth:`forward` and :meth:`backward`; where they are ``paired``, as many layers as can be go side by side:
+        one of each in a turn of one loop, without dependence on each other."""
+
+        def step(i: Number, carry: Any) -> Any:
+            memory, x, dy = carry
+            # Read before anything is written, lest XLA copy the rings.
+            saved, kept = lax.optimization_barrier((self._saved(memory, back, i), memory["kept"]))
+            memory, x = self._ahead(memory | {"kept": kept}, x, ahead, i)
+            memory, dy = self._back(memory, dy, back, i, saved)
+            return memory, x, dy
+
+        turns = jnp.where(paired, jnp.minimum(ahead.layers, back.layers), 0)
+        memory, x, dy = lax.fori_loop(0, turns, step, (memory, x, dy))
+        memory, x = self.forward(memory, x, ahead, turns)
+        memory, dy = self.backward(memory, dy, back, turns)
+        return memory, x, dy
+
+    def _of(self, layer: Number) -> tuple[Any, Any]:
+        return take(self._weights, layer), take(self._given, layer)
+
+    def _ahead(self, memory: Any, x: Array, ahead: Pass, i: Number) -> tuple[Any, Array]:
+        (x, cost), aux, new = self._layer.forward(*self._of(ahead.first + i), x)
+        record = add(memory["record"], (cost, aux), ahead.first + i)
+        return memory | {"record": record, "kept": put(memory["kept"], new, ahead.slot, i)}, x
+
+    def _saved(self, memory: Any, back: Pass, i: Number) -> list[Array]:
+        return take(memory["kept"], back.slot, back.layers - 1 - i)
+
+    def _back(self, memory: Any, dy: Array, back: Pass, i: Number, saved: list[Array]) -> tuple[Any, Array]:
+        layer = back.first + back.layers - 1 - i
+        dx, dw = self._layer.backward(*self._of(layer), saved, (dy, self._d_cost))
+        return memory | {"grads": add(memory["grads"], dw, layer)}, dx
 
 
 def when(condition: Bool[Array, ""], change: Callable[[Any], Any], carry: Any) -> Any:
@@ -113,23 +139,22 @@ def when(condition: Bool[Array, ""], change: Callable[[Any], Any], carry: Any) -
     return lax.fori_loop(0, condition.astype(jnp.int32), lambda _, carry: change(carry), carry)
 
 
-def zeros(lead: tuple[int, ...], shape: Any) -> Array:
-    """An empty ring."""
+def ring(lead: tuple[int, ...], shape: Any) -> Array:
+    """Empty slots."""
     return jnp.zeros((*lead, *shape.shape), shape.dtype)
 
 
-def take(tree: Any, *index: Any) -> Any:
+def take(tree: Any, *index: Number) -> Any:
     """``leaf[index]`` of every array; -1 is the last."""
 
     def one(leaf: Array) -> Array:
         rest = leaf.shape[len(index) :]
-        start = (*index, *[0] * len(rest))
-        return lax.dynamic_slice(leaf, start, (*[1] * len(index), *rest)).reshape(rest)
+        return lax.dynamic_slice(leaf, (*index, *[0] * len(rest)), (*[1] * len(index), *rest)).reshape(rest)
 
     return jax.tree.map(one, tree)
 
 
-def put(tree: Any, values: Any, *index: Any) -> Any:
+def put(tree: Any, values: Any, *index: Number) -> Any:
     """Every array with ``leaf[index]`` replaced."""
 
     def one(leaf: Array, value: Array) -> Array:
@@ -139,7 +164,7 @@ def put(tree: Any, values: Any, *index: Any) -> Any:
     return jax.tree.map(one, tree, values)
 
 
-def add(tree: Any, values: Any, index: Any) -> Any:
+def add(tree: Any, values: Any, index: Number) -> Any:
     """Every array with a value added at ``index``; a value that is None adds nothing."""
 
     def one(value: Array | None, leaf: Array) -> Array:
