@@ -93,8 +93,10 @@ class Layout:
         return _map(one, tree, share, whole, *more)
 
     def global_norm(self, shares: Tree) -> jax.Array:
-        """Inside ``shard_map``: the L2 norm of arrays laid out as shares."""
-        return zero.global_norm(shares, self.share)
+        """Inside ``shard_map``: the L2 norm of arrays laid out as shares; unrolled layers are read one by one."""
+        arrays = _map(lambda path, x: list(x) if self._by_layer and stacked_layers(path, x.ndim) else [x], shares)
+        specs = jax.tree.map(lambda spec, parts: [spec] * len(parts), self.share, arrays)
+        return zero.global_norm(arrays, specs)
 
 
 def partition_of(config: Config) -> Partition | None:
