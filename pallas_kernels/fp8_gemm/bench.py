@@ -1,7 +1,7 @@
 """Times the dense FP8 products at the shapes of DeepGEMM's tables, against its figures and XLA's bfloat16 product.
 
-    MOSAIC_GPU_DUMP_PTXAS=1 python -m pallas_kernels.fp8_gemm.bench [--sweep] [--json FILE] [--case PART ...]
-        [--seconds LIMIT] [--passes N] [--fence] [--no-xla]
+    MOSAIC_GPU_DUMP_PTXAS=1 python -m pallas_kernels.fp8_gemm.bench [--sweep] [--quick] [--json FILE]
+        [--case PART ...] [--seconds LIMIT] [--passes N] [--fence] [--no-xla]
 
 Burst is CUPTI's kernel time after a rest with inputs out of the cache, sustained is 150 ms of calls back to back that
 rotate over 200 MB of inputs. ``x`` after a figure: DeepGEMM's time over ours (above 1 is faster). Spilled registers are

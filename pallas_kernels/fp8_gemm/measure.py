@@ -4,14 +4,11 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
-import json
 import math
 import os
 import re
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from pallas_kernels import bench_table
 from pallas_kernels.fp8_gemm import tiles, timing
 from pallas_kernels.fp8_gemm.product_sm90 import Tiling
 from pallas_kernels.fp8_gemm.timing import Operands
@@ -75,8 +73,7 @@ class Work:
 
 def parser(doc: str | None, names: Sequence[str]) -> argparse.ArgumentParser:
     """The command line of a bench over the named cases."""
-    made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
-    made.add_argument("--json", type=Path, help="write all results there, again after every row")
+    made = bench_table.parser(doc)
     made.add_argument("--case", nargs="+", help=f"only cases whose name holds one of these; all: {', '.join(names)}")
     made.add_argument("--sweep", action="store_true", help="try other tilings too")
     made.add_argument("--seconds", type=float, default=math.inf, help="begin no case after this long")
@@ -86,26 +83,19 @@ def parser(doc: str | None, names: Sequence[str]) -> argparse.ArgumentParser:
     return made
 
 
-class Bench:
-    """Measures works and prints and keeps a row for each tiling; what fails is a row too."""
+class Bench(bench_table.Rows):
+    """Measures works: a row for each tiling. Not a ``Table``: the tilings of a case are compiled together, and take
+    turns under a load that leaves no gap between kernels."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.began = options, time.monotonic()
-        self.rows: list[dict[str, Any]] = []
-        print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
+        super().__init__(options.json, options.seconds)
+        self.options = options
 
     def chosen(self, name: str) -> bool:
-        """Whether the options ask for the case and there is time left to begin it."""
-        if time.monotonic() - self.began > self.options.seconds:
-            return False
-        return not self.options.case or any(part in name for part in self.options.case)
-
-    def keep(self, row: dict[str, Any]) -> None:
-        """Prints a row and writes all of them."""
-        self.rows.append(row)
-        print(_line(row), flush=True)
-        if self.options.json is not None:
-            self.options.json.write_text(json.dumps(self.rows, indent=1))
+        """Whether the options ask for the case (``--quick``: one an operation) and there is time left to begin it."""
+        done = {row["case"].split("/")[0] for row in self.rows} if self.options.quick else set()
+        wanted = not self.options.case or any(part in name for part in self.options.case)
+        return wanted and not self.over and name.split("/")[0] not in done
 
     def run(self, work: Work, others: Sequence[Tiling]) -> None:
         """The case with its default tiling and what the options ask for besides."""
@@ -117,7 +107,8 @@ class Bench:
         try:
             self._run(work, tilings)
         except Exception as error:  # what does not fit must not end the bench
-            self.keep({"case": work.name, "tiling": "all", "failed": f"{type(error).__name__}: {error}"[:300]})
+            row = {"case": work.name, "tiling": "all", "failed": bench_table.failure(error)}
+            self.keep(row, _line(row))
 
     def _run(self, work: Work, tilings: Sequence[Tiling]) -> None:
         keys = jax.random.split(jax.random.key(0), 64)
@@ -151,7 +142,7 @@ class Bench:
                 row["copies"] = len(re.findall(r"= (?:bf16|f32|f8\w+)\[[\d,]{5,}\]\S* copy\(", looped[0].as_text()))
                 del outs, intos
             except Exception as error:
-                row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                row["failed"] = bench_table.failure(error)
         self._sustain(work, rows, built, sets)
         for tiling, row in zip(tilings, rows, strict=True):
             if "failed" not in row:
@@ -161,7 +152,7 @@ class Bench:
                     row[f"{prefix}gbs"] = work.moved_bytes / row[f"{prefix}us"] / 1e3
                     row[f"{prefix}to_peer"] = peer / row[f"{prefix}us"] if peer else None
                 row["sustained_to_xla"] = xla_us / row["sustained_us"] if xla_us else None
-            self.keep(row)
+            self.keep(row, _line(row))
 
     def finish(self) -> None:
         """Prints what the rows say of the table in ``tiles.py``, and of the fence."""
@@ -231,7 +222,7 @@ def _build_all(work: Work, tilings: Sequence[Tiling], sets: list[Operands]) -> t
             outs = [jax.eval_shape(call, sets[0], None if intos_type is None else intos_type[0])] * len(sets)
             return once, timing.loop(call, sets, outs, adding, work.floor_us), ""
         except Exception as error:
-            return None, None, f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            return None, None, bench_table.failure(error)
 
     with _CapturedOutput() as captured, concurrent.futures.ThreadPoolExecutor(8) as pool:
         built = list(pool.map(build, tilings))

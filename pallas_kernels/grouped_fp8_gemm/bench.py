@@ -1,7 +1,7 @@
 """Times the grouped FP8 products at the shapes of DeepGEMM's tables; figures as in ``fp8_gemm/bench.py``.
 
-    MOSAIC_GPU_DUMP_PTXAS=1 python -m pallas_kernels.grouped_fp8_gemm.bench [--sweep] [--json FILE] [--case PART ...]
-        [--seconds LIMIT] [--passes N] [--fence] [--no-xla]
+    MOSAIC_GPU_DUMP_PTXAS=1 python -m pallas_kernels.grouped_fp8_gemm.bench [--sweep] [--quick] [--json FILE]
+        [--case PART ...] [--seconds LIMIT] [--passes N] [--fence] [--no-xla]
 
 XLA's time is one dense bfloat16 product of the size.
 """
