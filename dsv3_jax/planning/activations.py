@@ -32,6 +32,8 @@ class Work:
     """Whether the sequence-wise balance loss is computed."""
     fused_attention: bool
     """cuDNN's attention, which keeps the softmax's sums; the portable form in chunks keeps none (tests)."""
+    unroll: bool = False
+    """Whether XLA sees all layers at once, both ways."""
 
 
 def kept_by_block(model: ModelConfig, work: Work, remat: str, *, moe: bool) -> Tensors:
@@ -49,7 +51,12 @@ def kept_by_block(model: ModelConfig, work: Work, remat: str, *, moe: bool) -> T
     if remat == "paper":
         return {"block input": per_token * model.hidden_size} | _named(model, work, moe=moe)
     kept = {"norms": _norm(model.hidden_size, work)} | _attention(model, work)
-    return kept | (_experts(model, work) if moe else _dense(model, work))
+    kept |= _experts(model, work) if moe else _dense(model, work)
+    if moe and work.unroll:
+        # The backward pass sorts them again; XLA finds both in one program and sorts once.
+        _, rows = rows_of_experts(model, work)
+        kept["experts' rows"] = rows * model.hidden_size * work.element
+    return kept
 
 
 def put_off_by_block(model: ModelConfig, work: Work, *, moe: bool) -> Tensors:

@@ -1,8 +1,11 @@
 """Bytes of a training step on one device, by component, in closed form: nothing is compiled or allocated.
 
-The state is exact: every array's share by the rules of :mod:`sharding.rules`. What the step adds is the sum of what is
-alive in the backward pass, when most is (see :func:`_plan`); XLA shares some of it out better and adds
-buffers of its own.
+The state is exact: every array's share by the rules of :mod:`sharding.rules`. What the step adds is what is alive in the
+backward pass when most is; XLA adds some buffers of its own.
+
+Layers in a loop have stacks for all their gradients from the beginning of the backward pass, beside all activations.
+Unrolled layers make gradients as they use activations up, so that of the two the larger counts (their sum changes
+evenly from layer to layer); but their weights are cast once, all at the beginning, and stay.
 """
 
 import math
@@ -84,6 +87,7 @@ def plan_memory(config: Config, *, schedule: Schedule | None = None, gpu: bool =
         block=block_rows(tokens * model.num_experts_per_tok, local, gpu=gpu),
         sequence_balance=config.loss.sequence_balance > 0,
         fused_attention=gpu and train.precision != "fp32",
+        unroll=train.unroll,
     )
     try:
         return _plan(config, sizes, work, per_device // sequences, schedule or mesh.schedule)
@@ -98,6 +102,8 @@ class _Weights:
     share: int = 0
     whole: int = 0
     """Of those that the model's code holds."""
+    cast: int = 0
+    """``whole`` that is kept whole and enters products in another type than float32."""
     gathered: Tensors = field(default_factory=dict)
     """Of those that are not kept whole, by whether they travel as ``bf16`` or ``fp32``."""
     parts: Tensors = field(default_factory=dict)
@@ -118,8 +124,10 @@ def _weights(config: Config, sizes: dict[str, int], stages: Stages) -> _Weights:
         found.share += share
         found.whole += whole
         found.parts[place] = found.parts.get(place, 0) + whole
-        if pipe > 1 or share_spec != whole_spec:
-            float32 = config.train.precision == "fp32" or dims_of(path, len(shape))[-1] in ("norm", "router")
+        float32 = config.train.precision == "fp32" or dims_of(path, len(shape))[-1] in ("norm", "router")
+        if pipe == 1 and share_spec == whole_spec:
+            found.cast += 0 if float32 else whole
+        else:
             kind = "fp32" if float32 else "bf16"
             found.gathered[kind] = found.gathered.get(kind, 0) + whole
     return found
@@ -175,12 +183,20 @@ def _plan(config: Config, sizes: dict[str, int], work: Work, micro_batches: int,
     # The optimizer needs gradients summed and in shares when the activations are gone.
     update = {"gradients in shares": 4 * weights.share if weights.share < weights.whole else 0}
     pass_ = _one_pass(weights, stages, sizes["pipe"])
-    step = {
-        "gathered weights": _held(weights, sizes),
+    whole = {
         "gradients": 4 * weights.whole,
         "gradients of a micro-batch": 4 * pass_ if micro_batches > 1 else 0,
-        **max(backward, update, key=_size),
     }
+    step = {"gathered weights": _held(weights, sizes)}
+    if train.unroll:
+        # Of several micro-batches the sum of gradients is carried along, their own come layer by layer.
+        carried = {"gradients": whole["gradients"]} if micro_batches > 1 else {}
+        made = {"gradients of a micro-batch": 4 * pass_} if micro_batches > 1 else {"gradients": 4 * pass_}
+        step |= {"weights, cast": 2 * weights.cast, **carried}
+        step |= max(backward, made | _layer_at_work(config, work), carried | update, key=_size)
+        step = dict.fromkeys(("gathered weights", "gradients"), 0) | step
+    else:
+        step |= whole | max(backward, update, key=_size)
     return MemoryPlan(sizes, work.tokens, micro_batches, train.remat, state, step, kept)
 
 
@@ -237,9 +253,10 @@ def _one_layer(model: ModelConfig, work: Work, remat: str, *, moe: bool) -> Tens
         math.prod(shape) // (work.placement.size if dims_of(path, len(shape))[0] == "expert" else 1)
         for path, shape in block_shapes(model, moe=moe).items()
     )
+    weights = "a layer's gradients" if work.unroll else "a layer's weights, cast, and their gradients"
     return {
         "a layer computed again": computed_again(model, work, remat, moe=moe),
         "gradients of a layer's activations": max(attention, ffn) * work.element,
-        "a layer's weights, cast, and their gradients": numbers * (work.element + 4),
+        weights: numbers * (4 if work.unroll else work.element + 4),
         "rows on their way to experts": ways,
     }

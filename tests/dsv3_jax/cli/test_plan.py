@@ -30,7 +30,7 @@ def test_the_table_ends_with_whether_it_fits(capsys):
     table = capsys.readouterr().out
     assert "masters" in table
     assert "total" in table
-    assert table.splitlines()[-1] == "fits: 93.4 GB on a device of 141.0 GB"
+    assert table.splitlines()[-1] == "fits: 59.7 GB on a device of 141.0 GB"
 
 
 @pytest.mark.parametrize(
