@@ -10,8 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig, validate_model
-from dsv3_jax.nn.attention import LayerCache
-from dsv3_jax.nn.block import Remat, concatenate_aux, run_blocks, stack_blocks
+from dsv3_jax.nn.block import Cache, Remat, concatenate_aux, run_blocks, stack_blocks
 from dsv3_jax.nn.linear import Embedding, Linear, matmul
 from dsv3_jax.nn.mla import AttentionForm
 from dsv3_jax.nn.moe import BalanceLoss, MoEAux
@@ -20,8 +19,6 @@ from dsv3_jax.nn.norm import RMSNorm
 from dsv3_jax.nn.router import Router, RouterBias
 
 Tree = dict[str, Any]
-Cache = dict[str, LayerCache]
-"""A trunk's cache by stack, ``dense`` and ``moe``, each array with a leading layer dim."""
 
 
 class Hidden(NamedTuple):
@@ -80,19 +77,23 @@ class DeepSeekV3(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = self.embedding(tokens, dtype)
-        new_cache: Cache = {}
-        record = None
+        record, first_layer = None, 0
         for name in ("dense", "moe"):
             if hasattr(self, name):
-                below = cache[name] if cache else None
-                blocks = getattr(self, name)
-                x, aux, above = run_blocks(
-                    blocks, x, positions, balance=balance, remat=remat, unroll=unroll, cache=below, form=form
+                x, aux, cache = run_blocks(
+                    getattr(self, name),
+                    x,
+                    positions,
+                    balance=balance,
+                    remat=remat,
+                    unroll=unroll,
+                    cache=cache,
+                    first_layer=first_layer,
+                    form=form,
                 )
                 record = aux or record
-                if above is not None:
-                    new_cache[name] = above
-        return x, record, new_cache or None
+            first_layer = self.config.n_dense_layers
+        return x, record, cache
 
     def __call__(self, tokens: Int[Array, "B T"], *, dtype: DTypeLike = jnp.float32) -> Float[Array, "B T V"]:
         """Logits of the main model, in ``dtype``: position i predicts token i + 1."""

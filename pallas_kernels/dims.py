@@ -16,7 +16,8 @@ Q     query latent                                C     key-value latent
 ====  ==========================================  ====  =================================
 
 GEMM rooms (``grouped_gemm`` and what follows it) use the field's own letters instead: ``M`` rows, ``N`` columns,
-``K`` contraction, ``G`` groups.
+``K`` contraction, ``G`` groups. Where the cache lies in pages, ``P`` are all pages, ``S`` the tokens of one and ``X``
+(any number in other places too) the pages of one sequence.
 
 ``axis`` always means a mesh axis, ``dim`` always a tensor dimension.
 """

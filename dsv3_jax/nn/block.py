@@ -1,7 +1,7 @@
 """The pre-norm transformer block, and a stack of equal blocks run by one scan."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.nn.attention import LayerCache
+from dsv3_jax.nn.cache import LayerCache, Pages
 from dsv3_jax.nn.ffn import FeedForward
 from dsv3_jax.nn.mha import MHA
 from dsv3_jax.nn.mla import MLA, AttentionForm
@@ -70,6 +70,14 @@ def stack_blocks(
     return create(rngs)
 
 
+class Cache(NamedTuple):
+    """What all layers keep of the tokens behind each sequence."""
+
+    pages: Pages
+    table: Int[Array, "B X"]
+    """Pages of each sequence in order, the same in every layer; 0 where it has none."""
+
+
 def run_blocks(
     blocks: Block,
     x: Float[Array, "B T D"],
@@ -78,26 +86,30 @@ def run_blocks(
     balance: BalanceLoss | None = None,
     remat: Remat = "none",
     unroll: bool = False,
-    cache: LayerCache | None = None,
+    cache: Cache | None = None,
+    first_layer: int = 0,
     form: AttentionForm = "naive",
-) -> tuple[Float[Array, "B T D"], MoEAux | None, LayerCache | None]:
+) -> tuple[Float[Array, "B T D"], MoEAux | None, Cache | None]:
     """All layers of a stack by one ``lax.scan``, so that compile time does not grow with depth; or ``unroll``-ed.
 
-    ``cache`` has a leading layer dim, as have the returned routing records and cache.
+    Returned routing records have a leading layer dim. The stack has the cache's layers from ``first_layer`` on, whose
+    pages go through the scan as one array that is written in place.
     """
     graph, stacked = nnx.split(blocks)
 
     def layer(
-        x: jax.Array, inputs: tuple[Any, LayerCache | None]
-    ) -> tuple[jax.Array, tuple[MoEAux | None, LayerCache | None]]:
-        state, layer_cache = inputs
+        carry: tuple[jax.Array, Pages | None], inputs: tuple[Any, jax.Array]
+    ) -> tuple[tuple[jax.Array, Pages | None], MoEAux | None]:
+        (x, pages), (state, number) = carry, inputs
         block = nnx.merge(graph, state)
-        x, aux, layer_cache = block(x, positions, balance=balance, cache=layer_cache, form=form)
-        return x, (aux, layer_cache)
+        below = LayerCache(pages, cache.table, number) if cache and pages else None
+        x, aux, above = block(x, positions, balance=balance, cache=below, form=form)
+        return (x, above.pages if above else None), aux
 
     turn = rematerialize(layer, remat, scanned=not unroll)
-    x, (aux, cache) = lax.scan(turn, x, (stacked, cache), unroll=unroll)
-    return x, aux, cache
+    numbers = first_layer + jnp.arange(jax.tree.leaves(stacked)[0].shape[0])
+    (x, pages), aux = lax.scan(turn, (x, cache.pages if cache else None), (stacked, numbers), unroll=unroll)
+    return x, aux, cache._replace(pages=pages) if cache and pages else None
 
 
 def rematerialize[**P, R](function: Callable[P, R], remat: Remat, *, scanned: bool) -> Callable[P, R]:

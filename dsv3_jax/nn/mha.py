@@ -1,19 +1,17 @@
 """Multi-head and grouped-query attention of the dense DeepSeek LLM and DeepSeekMoE-16B (spec 1.5, 29.4)."""
 
-import functools
-
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.nn.attention import LayerCache, attend_and_project, masked_softmax, visible, write_cache
+from dsv3_jax.nn.attention import attend_and_project
+from dsv3_jax.nn.cache import LayerCache, read_cache, write_cache
 from dsv3_jax.nn.fp8 import Quantized
 from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.mla import AttentionForm
 from dsv3_jax.nn.norm import RMSNorm
 from dsv3_jax.nn.rope import rotate, rotation, softmax_scale
-from pallas_kernels.precision import matmul_precision
+from pallas_kernels.attention import causal_attention
 
 
 class MHA(nnx.Module):
@@ -51,14 +49,6 @@ class MHA(nnx.Module):
         if cache is None:
             return attend_and_project(q_BTNH, k_BTNH, v_BTNH, self.out, scale=self.scale), None
         cache = write_cache(cache, k_BTNH, v_BTNH, positions)
-        return self.out(self._attend(q_BTNH, cache, positions).reshape(*x.shape[:2], -1)), cache
-
-    def _attend(
-        self, q_BTNH: Float[Array, "B T N H"], cache: LayerCache, positions: Int[Array, "B T"]
-    ) -> Float[Array, "B T N H"]:
-        einsum = functools.partial(jnp.einsum, precision=matmul_precision(q_BTNH.dtype))
-        repeats = self.config.num_attention_heads // self.config.num_key_value_heads
-        k_BSNH, v_BSNH = (jnp.repeat(kept.astype(q_BTNH.dtype), repeats, axis=2) for kept in cache)
-        scores_BNTS = einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=jnp.float32) * self.scale
-        p_BNTS = masked_softmax(scores_BNTS, visible(positions, k_BSNH.shape[1])).astype(q_BTNH.dtype)
-        return einsum("bnts,bsnh->btnh", p_BNTS, v_BSNH)
+        k_BSNH, v_BSNH = read_cache(cache, positions, q_BTNH.dtype)
+        o_BTNH = causal_attention(q_BTNH, k_BSNH, v_BSNH, scale=self.scale, q_offset=positions[:, 0])
+        return self.out(o_BTNH.reshape(*x.shape[:2], -1)), cache

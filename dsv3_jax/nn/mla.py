@@ -9,11 +9,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.nn.attention import LayerCache, attend_and_project, masked_softmax, visible, write_cache
+from dsv3_jax.nn.attention import attend_and_project
+from dsv3_jax.nn.cache import LayerCache, read_cache, write_cache
 from dsv3_jax.nn.fp8 import Quantized
 from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.norm import RMSNorm
 from dsv3_jax.nn.rope import rotate, rotation, softmax_scale
+from pallas_kernels.attention import causal_attention
+from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.precision import matmul_precision
 
 AttentionForm = Literal["naive", "absorbed"]
@@ -87,7 +90,10 @@ class MLA(nnx.Module):
         cache: LayerCache | None = None,
         form: AttentionForm = "naive",
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Causal attention within x, or over ``cache`` and x, whose latents are then written to the cache."""
+        """Causal attention within x, or over ``cache`` and x, whose latents are written to the cache first.
+
+        With a cache the positions of a sequence follow one another.
+        """
         inputs = x if isinstance(x, Quantized) else self.kv_down.prepare(x)
         q_BTNU, q_BTNR = self.queries(inputs, positions)
         ckv_BTC, key_BTR = self.latents(inputs, positions)
@@ -103,25 +109,26 @@ class MLA(nnx.Module):
     def _attend_naive(
         self, q_BTNU: Array, q_BTNR: Array, cache: LayerCache, positions: Int[Array, "B T"]
     ) -> Float[Array, "B T N W"]:
-        einsum = functools.partial(jnp.einsum, precision=matmul_precision(q_BTNU.dtype))
-        k_BSNH, v_BSNW = self.expand(cache.first.astype(q_BTNU.dtype), cache.second.astype(q_BTNU.dtype))
+        k_BSNH, v_BSNW = self.expand(*read_cache(cache, positions, q_BTNU.dtype))
         q_BTNH = jnp.concatenate([q_BTNU, q_BTNR], axis=-1)
-        scores_BNTS = einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=jnp.float32) * self.scale
-        p_BNTS = masked_softmax(scores_BNTS, visible(positions, k_BSNH.shape[1])).astype(v_BSNW.dtype)
-        return einsum("bnts,bsnw->btnw", p_BNTS, v_BSNW)
+        return causal_attention(q_BTNH, k_BSNH, v_BSNW, scale=self.scale, q_offset=positions[:, 0])
 
     def _attend_absorbed(
         self, q_BTNU: Array, q_BTNR: Array, cache: LayerCache, positions: Int[Array, "B T"]
     ) -> Float[Array, "B T N W"]:
         """Scores against the latents themselves: the up-projections move to the query and the output (spec 4.5)."""
-        config, dtype = self.config, q_BTNU.dtype
+        config, dtype, pages = self.config, q_BTNU.dtype, cache.pages
         einsum = functools.partial(jnp.einsum, precision=matmul_precision(dtype))
         up_CNX = self.kv_up.kernel[...].astype(dtype).reshape(config.kv_lora_rank, config.num_attention_heads, -1)
         k_up_CNU, v_up_CNW = jnp.split(up_CNX, [config.qk_nope_head_dim], axis=-1)
-        ckv_BSC, key_BSR = cache.first.astype(dtype), cache.second.astype(dtype)
-        q_BTNC = einsum("btnu,cnu->btnc", q_BTNU, k_up_CNU)
-        scores_BNTS = einsum("btnc,bsc->bnts", q_BTNC, ckv_BSC, preferred_element_type=jnp.float32)
-        scores_BNTS += einsum("btnr,bsr->bnts", q_BTNR, key_BSR, preferred_element_type=jnp.float32)
-        p_BNTS = masked_softmax(scores_BNTS * self.scale, visible(positions, ckv_BSC.shape[1])).astype(dtype)
-        z_BTNC = einsum("bnts,bsc->btnc", p_BNTS, ckv_BSC)
+        z_BTNC = paged_attention(
+            einsum("btnu,cnu->btnc", q_BTNU, k_up_CNU),
+            q_BTNR,
+            cache.flat(pages.first),
+            cache.flat(pages.second),
+            cache.flat_table(),
+            positions[:, 0],
+            None if pages.scale is None else cache.flat(pages.scale),
+            scale=self.scale,
+        )
         return einsum("btnc,cnw->btnw", z_BTNC, v_up_CNW)

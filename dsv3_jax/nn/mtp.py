@@ -10,7 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.nn.block import Block, Remat, rematerialize
+from dsv3_jax.nn.cache import LayerCache
 from dsv3_jax.nn.linear import Linear
+from dsv3_jax.nn.mla import AttentionForm
 from dsv3_jax.nn.moe import BalanceLoss, MoEAux
 from dsv3_jax.nn.norm import RMSNorm
 from dsv3_jax.nn.router import Router
@@ -47,12 +49,32 @@ class MTP(nnx.Module):
 
         def forward(state: Any, hidden: jax.Array, embedded: jax.Array) -> tuple[jax.Array, jax.Array, MoEAux | None]:
             module = nnx.merge(graph, state)
-            parts = [module.embedding_norm(embedded), module.hidden_norm(hidden)]
-            if module.config.mtp_concat == "hidden_first":
-                parts.reverse()
-            x = module.project(jnp.concatenate(parts, axis=-1))
-            x, aux, _ = module.block(x, positions, balance=balance)
-            normed = module.head_norm(x)
-            return (normed if module.config.mtp_hidden == "post_norm" else x), normed, aux
+            x, aux, _ = module.block(module.join(hidden, embedded), positions, balance=balance)
+            return *module.heads(x), aux
 
         return rematerialize(forward, remat, scanned=False)(state, hidden, embedded)
+
+    def with_cache(
+        self,
+        hidden: Float[Array, "B T D"],
+        embedded: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        cache: LayerCache,
+        form: AttentionForm,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], LayerCache]:
+        """Both states of a call, over a cache of the module's own layer."""
+        x, _, above = self.block(self.join(hidden, embedded), positions, cache=cache, form=form)
+        assert above is not None
+        return *self.heads(x), above
+
+    def join(self, hidden: Float[Array, "B T D"], embedded: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The block's input."""
+        parts = [self.embedding_norm(embedded), self.hidden_norm(hidden)]
+        if self.config.mtp_concat == "hidden_first":
+            parts.reverse()
+        return self.project(jnp.concatenate(parts, axis=-1))
+
+    def heads(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+        """From the block's output, what the next depth reads and what the head reads."""
+        normed = self.head_norm(x)
+        return (normed if self.config.mtp_hidden == "post_norm" else x), normed

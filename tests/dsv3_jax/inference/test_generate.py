@@ -1,7 +1,5 @@
 """Text by cache is the text of full recomputation, in both forms, alone or in a batch."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +7,9 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.config import ConfigError, RopeScaling
-from dsv3_jax.inference import empty_cache, generate
+from dsv3_jax.inference import contiguous_cache, generate, programs
 from dsv3_jax.model import split_model
-from dsv3_jax.nn.attention import LayerCache
+from dsv3_jax.nn.cache import LayerCache
 from dsv3_jax.nn.mha import MHA
 from dsv3_jax.nn.mla import MLA
 
@@ -100,12 +98,6 @@ def test_a_prompt_alone_gets_the_text_it_gets_in_a_batch(models, recomputed):
         assert generate(models["v2"], prompt, max_new_tokens=NEW, eos_id=-1) == [new]
 
 
-def test_prompts_are_read_in_chunks_without_a_difference(models, recomputed, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("dsv3_jax.inference.generate"), "_LONGEST_CHUNK", 8)
-    expected, _ = recomputed("gqa")
-    assert generate(models["gqa"], PROMPTS, max_new_tokens=NEW, form="naive", eos_id=-1) == expected
-
-
 def test_each_sequence_ends_at_eos_which_is_left_out(models, recomputed):
     expected, _ = recomputed("gqa")
     eos = expected[0][4]
@@ -158,12 +150,11 @@ def test_drawn_text_of_the_first_prompt_is_the_same_without_the_others(models):
 
 
 def test_lengths_of_one_bucket_share_their_programs(models):
-    module = importlib.import_module("dsv3_jax.inference.generate")
-    generate(models["gqa"], PROMPTS, max_new_tokens=NEW, form="naive")
-    before = module._prefill._cache_size(), module._decode._cache_size()
+    generate(models["gqa"], PROMPTS, max_new_tokens=NEW, form="naive", temperature=1.0)
+    before = programs.read._cache_size(), programs.write._cache_size()
     for prompts, new in (([[1, 2], [3], [4] * 15], 8), ([[9] * 17] * 4, 15), ([[7] * 17, [6], [5]], 1)):
         generate(models["gqa"], prompts, max_new_tokens=new, temperature=0.5, top_p=0.9, seed=new, form="naive")
-    assert (module._prefill._cache_size(), module._decode._cache_size()) == before
+    assert (programs.read._cache_size(), programs.write._cache_size()) == before
 
 
 def test_arrays_are_prompts_too(models, recomputed):
@@ -213,7 +204,7 @@ def test_logits_by_cache_are_those_of_the_whole_forward_pass_at_every_position(m
     @jax.jit
     def by_cache(state):
         model = nnx.merge(graph, state)
-        cache = empty_cache(model.config, 4, LENGTH, jnp.float32)
+        cache = contiguous_cache(model.config, 4, LENGTH, jnp.float32)
         positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
         start, _, cache = model.trunk(tokens[:, :read], positions[:, :read], cache=cache)
 
@@ -247,8 +238,7 @@ def test_attention_by_cache_is_attention_over_the_whole_sequence(models, name, k
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 9, 32)), jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
     whole, _ = attention(x, positions, None, "naive")
-    empty = empty_cache(config, 2, 12, jnp.float32)
-    cache = LayerCache(*(leaf[0] for leaf in next(iter(empty.values()))))
+    cache = LayerCache(*contiguous_cache(config, 2, 12, jnp.float32), 1)
     got, cache = attention(x[:, :5], positions[:, :5], cache, "naive")
     parts = [got]
     for at in range(5, 9):
@@ -263,10 +253,7 @@ def attention_inputs(config, kind):
     graph, state = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
     state = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32), state)
     call = jax.jit(lambda *inputs: nnx.merge(graph, state)(*inputs), static_argnums=3)
-    cache = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape[1:]), jnp.float32), full_cache(config))
+    pages, table = contiguous_cache(config, 2, 12, jnp.float32)
+    pages = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), pages)
     x = jnp.asarray(rng.normal(size=(2, 3, 32)), jnp.float32)
-    return call, x, jnp.array([[4, 5, 6], [9, 10, 11]]), cache
-
-
-def full_cache(config):
-    return next(iter(jax.eval_shape(lambda: empty_cache(config, 2, 12, jnp.float32)).values()))
+    return call, x, jnp.array([[4, 5, 6], [9, 10, 11]]), LayerCache(pages, table, 1)
