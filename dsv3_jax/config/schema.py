@@ -274,9 +274,10 @@ class MeshConfig:
     """Preset of configs/cluster whose layout gives the axes that are not given otherwise."""
     transport: Literal["padded", "counted", "ring", "two_hop"] = "counted"
     """How tokens get to experts on other devices; see ``sharding.expert_parallel.ExpertParallel``."""
-    capacity: float = 1.5
+    capacity: float = 2.0
     """Room of ``counted`` and ``two_hop`` in one round, over the balanced load. Nothing is ever dropped: what does not
-    fit goes in a further round."""
+    fit goes in a further round, and costs a further exchange in that layer. At 2 an axis of two devices has room for the
+    worst case and never needs one; early in training less room means further rounds in most layers."""
     node_size: int = 0
     """Consecutive devices of the expert axis that make a node, for ``two_hop``; 0 is 8, or half of an axis below 16."""
     fp8_dispatch: bool = False

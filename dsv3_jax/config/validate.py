@@ -227,7 +227,7 @@ def _validate_mesh(mesh: MeshConfig, train: TrainConfig, model: ModelConfig) -> 
     _not_negative("mesh", mesh, "capacity", "node_size")
     _require(
         mesh.capacity > 0 or mesh.transport != "counted",
-        "mesh.capacity = 0 has no room for transport 'counted': give 1.5, or choose 'padded'",
+        "mesh.capacity = 0 has no room for transport 'counted': give 2, or choose 'padded'",
     )
     if mesh.transport == "two_hop" and mesh.expert > 1:
         node = mesh.node_size or (8 if mesh.expert >= 16 else mesh.expert // 2)

@@ -26,6 +26,7 @@ _MAY_CHANGE = frozenset(
         "data.prefetch",
         "mesh.expert",
         "mesh.data",
+        "mesh.capacity",
         "mesh.cluster",
     }
 )

@@ -22,7 +22,7 @@ class ExpertParallel:
       Runs anywhere; for tests and few devices.
     - ``counted``: room for ``capacity`` times the balanced load, about ``capacity`` T K rows in the experts. What does
       not fit goes in further rounds, as many as the fullest pair of ranks on the axis needs. The first round keeps
-      what its backward pass needs, later ones compute it again.
+      what its backward pass needs, later ones compute it again. With ``capacity`` of N or more it is ``padded``.
     - ``ring``: every device's tokens visit every device by ``ppermute``, T rows at a time and T c rows in the experts;
       transfers do not wait for the stop's computation. Partial sums travel in the activations' type. Every stop but
       the first is computed again in the backward pass.
@@ -34,7 +34,7 @@ class ExpertParallel:
     size: int = 1
     """N, ranks on the axis; 1 needs no mesh."""
     transport: Transport = "padded"
-    capacity: float = 1.5
+    capacity: float = 2.0
     """Room of ``counted`` and ``two_hop`` over the balanced load."""
     node_size: int = 0
     """Consecutive ranks that make a node, for ``two_hop``; 0 is 8, or N / 2 where N is below 16."""

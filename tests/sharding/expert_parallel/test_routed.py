@@ -105,6 +105,14 @@ def test_no_array_of_forward_or_backward_is_larger_than_stated(placement):
     assert rows == max(memory_rows(placement, TOKENS, CHOICES, EXPERTS, 4))
 
 
+def test_two_ranks_have_room_for_the_worst_case_by_default():
+    for choices, experts in ((8, 256), (3, 4), (8, 8)):
+        counted, padded = (
+            memory_rows(ExpertParallel(2, name), 100, choices, experts, 8) for name in ("counted", "padded")
+        )
+        assert counted == padded
+
+
 def test_stated_rows_are_bounded_by_the_load_where_promised():
     tokens, choices, experts, block = 4096, 8, 256, 128
     stated = {
