@@ -27,7 +27,7 @@ from sharding.pipeline.partition import Partition
 from sharding.pipeline.schedule import make_schedule
 from sharding.pipeline.split import in_parts
 from sharding.pipeline.stack import Pass, Stack, put, ring, take, when
-from sharding.pipeline.table import Col, table
+from sharding.pipeline.table import Col, Table, table
 
 _Memory = dict[str, Any]
 
@@ -42,6 +42,19 @@ class Weights(NamedTuple):
     """Of all layers of the model."""
 
 
+@functools.cache
+def step_table(config: Config, micro_batches: int) -> Table:
+    """The table of a step of so many micro-batches.
+
+    Raises:
+        ConfigError: the schedule cannot be made for so many; one line.
+    """
+    try:
+        return table(make_schedule(config.mesh.schedule, config.mesh.pipe, micro_batches))
+    except ValueError as error:
+        raise ConfigError(f"mesh.schedule: {error}") from error
+
+
 class Pipeline:
     """The part of a run's step that depends on its schedule.
 
@@ -49,16 +62,11 @@ class Pipeline:
         config: the run.
         model: its abstract model, experts placed; used up.
         partition: its layers on the ranks.
-        micro_batches: of the largest step.
-
-    Raises:
-        ConfigError: the schedule cannot be made for so many; one line.
+        tables: what the program must be able to run: of the run's schedule, the largest step's.
     """
 
-    def __init__(self, config: Config, model: DeepSeekV3, partition: Partition, micro_batches: int):
-        self.config, self.partition, self._most = config, partition, micro_batches
-        largest = self._table(micro_batches)
-        self.plan, self.slots = plan_of(largest), largest.slots
+    def __init__(self, config: Config, model: DeepSeekV3, partition: Partition, *tables: Table):
+        self.config, self.partition, self.plan = config, partition, plan_of(*tables)
         self.blocks = {
             name: nnx.split(getattr(model, name), nnx.Param, RouterBias)[0]
             for name in ("dense", "moe")
@@ -67,18 +75,9 @@ class Pipeline:
         del model.moe
         self.ends = split_model(model).graph
 
-    def rows(self, micro_batches: int) -> tuple[Any, Any]:
-        """The table of a step of so many micro-batches, int32 of one shape for all, and how many ticks it has."""
-        found = self._table(micro_batches)
-        return found.padded(self._table(self._most).ticks), jnp.int32(found.ticks)
-
-    @functools.cache  # noqa: B019  A run has few.
-    def _table(self, micro_batches: int) -> Any:
-        mesh = self.config.mesh
-        try:
-            return table(make_schedule(mesh.schedule, mesh.pipe, micro_batches))
-        except ValueError as error:
-            raise ConfigError(f"mesh.schedule = {mesh.schedule!r}: {error}") from error
+    def rows(self, table: Table) -> tuple[Any, Any]:
+        """A table as :meth:`gradients` takes it, int32 of one shape for all, and how many ticks it has."""
+        return table.padded(self.plan.ticks), jnp.int32(table.ticks)
 
     def with_mirror(self, params: Tree) -> Tree:
         """Inside ``shard_map``: the weights that a rank computes with from those that it stores.
@@ -171,7 +170,7 @@ class _Stage:
 
     def memory(self) -> _Memory:
         """What a step starts with: empty rings, sums of nothing."""
-        slots, experts = self._pipeline.slots, self._pipeline.config.model.n_routed_experts
+        slots, experts = self._pipeline.plan.slots, self._pipeline.config.model.n_routed_experts
         late, held = self._late_params(), self._layers.size
         end = jax.eval_shape(self._end, late, self._message, self._tokens[0])[1]
         counts = jnp.zeros((held, experts), jnp.int32)

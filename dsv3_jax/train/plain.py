@@ -5,6 +5,7 @@ layers there, whole on every rank, and the ranks share out another dim: one exch
 device holds more than its share where a dim can be shared out so.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from dsv3_jax.train.layout import Layout
+from sharding.pipeline.partition import Partition
 
 
 def plain_shardings(layout: Layout, plain: Any) -> Any:
@@ -26,57 +28,54 @@ def plain_shardings(layout: Layout, plain: Any) -> Any:
 
 def to_stages(layout: Layout, plain: Any) -> Any:
     """A state's arrays as the step takes them, from their plain form laid out as :func:`plain_shardings` says."""
-    leaves, tree, specs, dims = _places(layout, plain)
     if layout.partition is None:
         return plain
+    leaves, tree, specs, dims = _places(layout, plain)
     found = jax.tree.leaves(layout.specs(layout.in_stages(plain)))
-    layers = jnp.asarray(layout.partition.kept)
-
-    def one(x: Array, dim: int) -> Array:
-        if dim < 0:
-            return x
-        valid = (layers >= 0).reshape(-1, *[1] * (x.ndim - 1))
-        slots = jnp.where(valid, x[jnp.maximum(layers, 0)], jnp.zeros((), x.dtype))
-        if dim:
-            return lax.all_to_all(slots, "pipe", 0, dim, tiled=True)
-        mine = slots.shape[0] // lax.axis_size("pipe")
-        return lax.dynamic_slice_in_dim(slots, lax.axis_index("pipe") * mine, mine)
-
-    return jax.tree.unflatten(tree, _run(layout, one, leaves, dims, specs, found))
+    return jax.tree.unflatten(tree, _convert(layout, _into_slots, tuple(dims), tuple(specs), tuple(found), leaves))
 
 
 def to_plain(layout: Layout, state: Any) -> Any:
     """The plain form of a state's arrays, given as a tree of fields by name."""
     if layout.partition is None:
         return state
-    kept = layout.partition.kept
-    slots = jnp.asarray(np.argsort(kept, kind="stable")[np.count_nonzero(kept < 0) :])
-    shapes = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: (
-            jax.ShapeDtypeStruct((slots.size, *leaf.shape[1:]), leaf.dtype)
-            if layout.is_staged(_name(path), leaf)
-            else leaf
-        ),
-        state,
-    )
-    _, tree, specs, dims = _places(layout, shapes)
+    layers = int(np.count_nonzero(layout.partition.kept >= 0))
 
-    def one(x: Array, dim: int) -> Array:
-        if dim < 0:
-            return x
-        every = lax.all_to_all(x, "pipe", dim, 0, tiled=True) if dim else lax.all_gather(x, "pipe", axis=0, tiled=True)
-        return every[slots]
+    def plain_shape(path: Any, leaf: Any) -> Any:
+        staged = layout.is_staged(_name(path), leaf)
+        return jax.ShapeDtypeStruct((layers, *leaf.shape[1:]), leaf.dtype) if staged else leaf
 
-    found = jax.tree.leaves(layout.specs(state))
-    return jax.tree.unflatten(tree, _run(layout, one, jax.tree.leaves(state), dims, found, specs))
+    _, tree, specs, dims = _places(layout, jax.tree_util.tree_map_with_path(plain_shape, state))
+    given, leaves = jax.tree.leaves(layout.specs(state)), jax.tree.leaves(state)
+    return jax.tree.unflatten(tree, _convert(layout, _out_of_slots, tuple(dims), tuple(given), tuple(specs), leaves))
 
 
-def _run(layout: Layout, one: Any, leaves: list[Any], dims: list[int], given: list[Any], found: list[Any]) -> list[Any]:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _convert(layout: Layout, one: Any, dims: Any, given: Any, found: Any, leaves: list[Array]) -> list[Array]:
+    """``one(partition, leaf, dim)`` on every device, of every array that has stages."""
+
     def every(leaves: list[Array]) -> list[Array]:
-        return [one(leaf, dim) for leaf, dim in zip(leaves, dims, strict=True)]
+        return [leaf if dim < 0 else one(layout.partition, leaf, dim) for leaf, dim in zip(leaves, dims, strict=True)]
 
-    mapped = jax.shard_map(every, mesh=layout.mesh, in_specs=(given,), out_specs=found, check_vma=False)
-    return jax.jit(mapped)(leaves)
+    return jax.shard_map(every, mesh=layout.mesh, in_specs=(list(given),), out_specs=list(found), check_vma=False)(
+        leaves
+    )
+
+
+def _into_slots(partition: Partition, x: Array, dim: int) -> Array:
+    layers = jnp.asarray(partition.kept)
+    valid = (layers >= 0).reshape(-1, *[1] * (x.ndim - 1))
+    slots = jnp.where(valid, x[jnp.maximum(layers, 0)], jnp.zeros((), x.dtype))
+    if dim:
+        return lax.all_to_all(slots, "pipe", 0, dim, tiled=True)
+    mine = slots.shape[0] // lax.axis_size("pipe")
+    return lax.dynamic_slice_in_dim(slots, lax.axis_index("pipe") * mine, mine)
+
+
+def _out_of_slots(partition: Partition, x: Array, dim: int) -> Array:
+    slots = np.argsort(partition.kept, kind="stable")[np.count_nonzero(partition.kept < 0) :]
+    every = lax.all_to_all(x, "pipe", dim, 0, tiled=True) if dim else lax.all_gather(x, "pipe", axis=0, tiled=True)
+    return every[jnp.asarray(slots)]
 
 
 def _places(layout: Layout, plain: Any) -> tuple[list[Any], Any, list[PartitionSpec], list[int]]:

@@ -1,6 +1,7 @@
 """Everything a run carries from step to step."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -100,6 +101,7 @@ def staged_state(config: Config, plain: TrainState, mesh: Mesh | None = None) ->
     return dataclasses.replace(plain, **arrays)
 
 
+@functools.lru_cache(maxsize=16)
 def config_layout(config: Config, mesh: Mesh | AbstractMesh) -> Layout:
     """Where the state of ``config`` lies on ``mesh``.
 

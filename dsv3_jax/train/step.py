@@ -20,7 +20,7 @@ from dsv3_jax.train import schedule
 from dsv3_jax.train.ema import update_ema
 from dsv3_jax.train.loss import Losses, activation_dtype, cross_entropy, has_label, training_loss
 from dsv3_jax.train.optimizer import clip_by_norm, make_optimizer
-from dsv3_jax.train.pipeline import Pipeline, Weights
+from dsv3_jax.train.pipeline import Pipeline, Weights, step_table
 from dsv3_jax.train.state import TrainState, abstract_state, config_layout, config_mesh, graph_of, placed_model
 from sharding.mesh import AXES, BATCH_AXES
 
@@ -62,8 +62,8 @@ class TrainStep:
         self._layout = config_layout(config, self.mesh)
         self._pipeline: Pipeline | None = None
         if self._layout.partition is not None:
-            model = placed_model(config)
-            self._pipeline = Pipeline(config, model, self._layout.partition, self.most_micro_batches)
+            largest = step_table(config, self.most_micro_batches)
+            self._pipeline = Pipeline(config, placed_model(config), self._layout.partition, largest)
         state = abstract_state(config, self.mesh).arrays()
         specs, places = self._layout.specs(state), self._layout.shardings(state)
         mapped = jax.shard_map(
@@ -105,7 +105,7 @@ class TrainStep:
             np.float32(schedule.mtp_weight(config, state.tokens)),
             np.float32(schedule.bias_update_speed(config, state.tokens)),
             np.int32(count),
-            self._pipeline.rows(count) if self._pipeline else (),
+            self._pipeline.rows(step_table(config, count)) if self._pipeline else (),
         )
         return (state.arrays(), jax.make_array_from_process_local_data(sharding, micro), scalars), scalars
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from sharding.pipeline.actions import Kind
 from sharding.pipeline.stack import put, ring, take
-from sharding.pipeline.table import ARRIVALS, Col, Table
+from sharding.pipeline.table import ARRIVALS, Col, Slots, Table
 
 Tick = Callable[[Any, Array, Array, Array], tuple[Any, Array, Array]]
 """``(memory, x, dy, row) -> (memory, y, dx)``: what a rank computes in a tick.
@@ -30,17 +30,19 @@ class Plan(NamedTuple):
     """Kinds of action there are."""
     channels: tuple[bool, ...]
     """Whether any rank gets anything in each of :data:`~sharding.pipeline.table.ARRIVALS`."""
-    activation: int
-    """Slots of the ring of incoming activations."""
-    gradient: int
-    """Slots of the ring of incoming gradients."""
+    slots: Slots
+    """Of every ring."""
+    ticks: int
+    """Rows that the program is given."""
 
 
-def plan_of(table: Table) -> Plan:
-    """The plan of a program that can run ``table``, and any with no more kinds, channels and slots."""
-    kinds = frozenset(Kind(kind) for kind in np.unique(table.rows[..., Col.KIND]))
-    channels = tuple(bool(used) for used in table.channels.any(axis=0))
-    return Plan(table.schedule.ranks, kinds, channels, table.slots.activation, table.slots.gradient)
+def plan_of(*tables: Table) -> Plan:
+    """The plan of a program that can run each of ``tables``, and whatever needs no more than they do."""
+    kinds = frozenset(Kind(kind) for one in tables for kind in np.unique(one.rows[..., Col.KIND]))
+    channels = np.any([one.channels.any(axis=0) for one in tables], axis=0)
+    slots = Slots(*(max(counts) for counts in zip(*(one.slots for one in tables), strict=True)))
+    ticks = max(one.ticks for one in tables)
+    return Plan(tables[0].schedule.ranks, kinds, tuple(map(bool, channels)), slots, ticks)
 
 
 def execute(
@@ -64,7 +66,7 @@ def execute(
         memory, y, dx = tick(memory, take(rings[0], row[Col.F_IN]), take(rings[1], row[Col.B_IN]), row)
         return memory, _deliver(plan, rings, y, dx, row)
 
-    rings = ring((plan.activation + 1,), message), ring((plan.gradient + 1,), message)
+    rings = tuple(ring((count + 1,), message) for count in (plan.slots.activation, plan.slots.gradient))
     return lax.fori_loop(0, ticks, turn, (memory, rings))[0]
 
 

@@ -157,9 +157,10 @@ def take(tree: Any, *index: Number) -> Any:
 def put(tree: Any, values: Any, *index: Number) -> Any:
     """Every array with ``leaf[index]`` replaced."""
 
-    def one(leaf: Array, value: Array) -> Array:
+    def one(leaf: Array, value: Any) -> Array:
         rest = leaf.shape[len(index) :]
-        return lax.dynamic_update_slice(leaf, value.reshape(*[1] * len(index), *rest), (*index, *[0] * len(rest)))
+        update = jnp.reshape(value, (*[1] * len(index), *rest))
+        return lax.dynamic_update_slice(leaf, update, (*index, *[0] * len(rest)))
 
     return jax.tree.map(one, tree, values)
 
@@ -167,7 +168,7 @@ def put(tree: Any, values: Any, *index: Number) -> Any:
 def add(tree: Any, values: Any, index: Number) -> Any:
     """Every array with a value added at ``index``; a value that is None adds nothing."""
 
-    def one(value: Array | None, leaf: Array) -> Array:
-        return leaf if value is None else put(leaf, take(leaf, index) + value.astype(leaf.dtype), index)
+    def one(value: Any, leaf: Array) -> Array:
+        return leaf if value is None else put(leaf, take(leaf, index) + jnp.asarray(value, leaf.dtype), index)
 
     return jax.tree.map(one, values, tree, is_leaf=lambda value: value is None)
