@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dsv3_jax.cli.compile_cache import keep_compiled
 from dsv3_jax.cli.overrides import parse_config
 from dsv3_jax.config import ConfigError
 from sharding.flags import apply_gpu_flags
@@ -22,6 +23,8 @@ class Options:
     """Steps before them."""
     json: str = ""
     """File that the figures are written to as one JSON object; '-' prints the object alone."""
+    compile_cache: str = ""
+    """Folder that compiled programs are kept in for the next time; empty is one in the user's cache, 'off' none."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -52,6 +55,7 @@ def run(argv: Sequence[str]) -> int:
     from dsv3_jax.train.bench import bench_step
     from dsv3_jax.train.step import out_of_memory
 
+    keep_compiled(options.compile_cache)
     try:
         result = bench_step(
             config,

@@ -1,7 +1,7 @@
 """Bytes of a training step on one device, by component, in closed form: nothing is compiled or allocated.
 
-The state is exact: every array's share by the rules of :mod:`sharding.rules`. What the step adds is what is alive in the
-backward pass when most is; XLA adds some buffers of its own.
+The state is exact: every array's share by the rules of :mod:`sharding.rules`. What the step adds is what is alive in
+the backward pass when most is; XLA adds some buffers of its own.
 
 Layers in a loop have stacks for all their gradients from the beginning of the backward pass, beside all activations.
 Unrolled layers make gradients as they use activations up, so that of the two the larger counts (their sum changes

@@ -1,6 +1,7 @@
 """A training step measured: compile time, step time, tokens/s, model FLOP/s, memory."""
 
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +19,11 @@ from dsv3_jax.train.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class StepBench:
-    """What one configuration's training step costs. Times are of the host's clock around finished steps."""
+    """What one configuration's training step costs.
+
+    Steps are timed as a run makes them: the next one is handed to the device before the host waits for this one, so
+    that the host's part overlaps. A time is that between the ends of two steps, by the host's clock.
+    """
 
     preset: str
     device: str
@@ -70,14 +75,17 @@ def bench_step(config: Config, *, steps: int = 12, warmup: int = 4, say: Callabl
     planned = compiled.memory_analysis()
     say(f"compiled in {compile_seconds:.1f} s")
     step.jitted = compiled
-    times, losses = [], []
-    for i in range(warmup + steps):
-        begin = time.perf_counter()
-        state, metrics = step(state, batches[i % len(batches)])
-        losses.append(float(metrics["loss"]))
-        jax.block_until_ready(state.params)
-        times.append(time.perf_counter() - begin)
-    timed = times[warmup:]
+    ends, waiting, losses = [], [], []
+    for i in range(warmup + steps + 1):
+        if i < warmup + steps:
+            state, metrics = step(state, batches[i % len(batches)])
+            waiting.append(metrics["loss"])
+        if i:
+            losses.append(float(waiting.pop(0)))
+            ends.append(time.perf_counter())
+    jax.block_until_ready(state.params)
+    times = [after - before for before, after in itertools.pairwise(ends)]
+    timed = times[warmup - 1 :]
     median = statistics.median(timed)
     tokens = train.batch_size * train.seq_len
     per_token = flops_per_token(model, train.seq_len, mtp=model.num_nextn_predict_layers > 0)

@@ -1,0 +1,62 @@
+"""Where compiled programs are kept, and that commands and tests keep none where they should not."""
+
+import jax
+import pytest
+
+from dsv3_jax.cli.compile_cache import default_folder, keep_compiled
+
+
+@pytest.fixture
+def enabled(monkeypatch):
+    """As outside the tests; everything is put back."""
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    assert not jax.config.jax_enable_compilation_cache, "tests share no compiled programs"
+    jax.config.update("jax_enable_compilation_cache", True)
+    yield
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_tests_keep_nothing(tmp_path):
+    assert keep_compiled(str(tmp_path / "kept")) is None
+    assert not (tmp_path / "kept").exists()
+
+
+def test_the_folder_is_the_user_s_and_of_one_kind_of_processor(tmp_path):
+    home = default_folder({"HOME": str(tmp_path)}, "a")
+    assert home.parent == tmp_path / ".cache" / "dsv3_jax"
+    assert (
+        default_folder({"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "x")}, "a").parts[:-2]
+        == (tmp_path / "x").parts
+    )
+    assert default_folder({"HOME": str(tmp_path)}, "b") != home
+
+
+def test_programs_are_written_and_found_again(enabled, tmp_path):
+    folder = tmp_path / "kept"
+    assert keep_compiled(str(folder)) == folder
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    try:
+        jax.jit(lambda x: x * 3 + 1).lower(1.0).compile()
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+    assert [path.suffix for path in folder.iterdir()] != []
+
+
+def test_jax_s_own_setting_wins(enabled, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    assert keep_compiled("") == tmp_path
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_a_folder_that_cannot_be_made_is_told(enabled, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert keep_compiled(str(tmp_path / "file" / "kept")) is None
+    assert capsys.readouterr().err.startswith("compiled programs are not kept: ")
+
+
+def test_off_keeps_nothing(enabled):
+    assert keep_compiled("off") is None
