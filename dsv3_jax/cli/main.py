@@ -12,6 +12,8 @@ from dsv3_jax.config.loader import nearest
 COMMANDS = {
     "train": "train a preset, or go on with a run, with plots and a sample at the end",
     "generate": "write text with a trained model",
+    "chat": "talk with a trained model in the terminal",
+    "serve": "an HTTP server that speaks OpenAI's protocol",
     "convert": "bring weights in and out: Hugging Face folders, our checkpoints, PyTorch files",
     "plan": "predict what a device will hold on a mesh, or compare and draw the schedules of a pipeline",
     "info": "print a preset's parameters, FLOPs and cache bytes per token",

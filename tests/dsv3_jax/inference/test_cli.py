@@ -7,6 +7,7 @@ import pytest
 
 from dsv3_jax.cli.generate import Options
 from dsv3_jax.cli.main import main
+from dsv3_jax.data.chat import encode_chat
 from dsv3_jax.data.tokenizer import EOS
 from dsv3_jax.inference import generate, generate_text
 from dsv3_jax.interop.pretrained import from_pretrained
@@ -16,7 +17,7 @@ PROMPT = "def add("
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, saved_run, run_config, tokenizer):
-    config = run_config(attention="mha", num_hidden_layers=1, n_routed_experts=0)
+    config = run_config(attention="mha", num_hidden_layers=1, n_routed_experts=0, max_position_embeddings=96)
     return saved_run(tmp_path_factory.mktemp("runs") / "a", config, tokenizer)
 
 
@@ -103,7 +104,7 @@ def test_bfloat16_is_an_option(command, run):
     ("words", "told"),
     [
         (["--prompt", "a", "--step", "11"], "step = 11"),
-        (["--prompt", "a" * 40], "max_position_embeddings = 32"),
+        (["--prompt", "a" * 99], "max_position_embeddings = 96"),
         (["--prompt", "a", "--temperature", "-1"], "temperature = -1"),
         (["--prompt", "a", "--form", "fused"], "--form = 'fused'"),
         (["--prompt"], "--prompt needs a value"),
@@ -146,3 +147,69 @@ def test_help_names_every_option(capsys):
     text = capsys.readouterr().out
     for field in dataclasses.fields(Options):
         assert "--" + field.name.replace("_", "-") in text
+
+
+def test_a_chat_remembers_what_was_said(capsys, folder, run, stdin):
+    options = ["chat", "--checkpoint", str(folder), "--max-new-tokens", "3", "--temperature", "0", "--system", "d"]
+    stdin(b"a\nb\n/new\na\n\n/exit\nnever\n")
+    assert main(options) == 0
+    out, err = capsys.readouterr()
+    assert "/new starts another conversation" in err
+    model, _, tokenizer = run
+    messages, expected = [{"role": "system", "content": "d"}], []
+    for said in ("a", "b"):
+        messages.append({"role": "user", "content": said})
+        (new,) = generate(model, encode_chat(tokenizer, messages), max_new_tokens=3)
+        expected.append(tokenizer.decode(new))
+        messages.append({"role": "assistant", "content": expected[-1]})
+    assert out == f"{expected[0]}\n{expected[1]}\n{expected[0]}\n"
+
+
+def test_a_chat_too_long_is_told_and_forgotten(capsys, folder, stdin):
+    stdin(b"a\n" + b"b" * 99 + b"\n")
+    assert main(["chat", "--checkpoint", str(folder), "--max-new-tokens", "1", "--temperature", "0"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1
+    assert "max_position_embeddings = 96" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 is open to others: give a key"),
+        (["--host", "example.org"], "is open to others"),
+        (["--api-key-file", "none"], "--api-key-file none cannot be read"),
+        (["--drafts", "1"], "drafts = 1 needs an MTP module"),
+        (["--max-tokens", "199"], "max_tokens = 199"),
+    ],
+)
+def test_a_server_that_cannot_be_is_one_line(capsys, folder, monkeypatch, words, told):
+    monkeypatch.delenv("DSV3_API_KEY", raising=False)
+    assert main(["serve", "--checkpoint", str(folder), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
+
+
+def test_the_served_application_is_the_checkpoints(folder, monkeypatch, tmp_path):
+    """What is handed to the HTTP server, with its limits and its key."""
+    uvicorn = pytest.importorskip("uvicorn")
+    handed = {}
+    monkeypatch.setattr(uvicorn, "run", lambda app, **how: handed.update(how, server=app.state.server))
+    key = tmp_path / "key"
+    key.write_text("secret\n")
+    words = [
+        "--host",
+        "0.0.0.0",
+        "--port",
+        "81",
+        "--api-key-file",
+        str(key),
+        "--max-batch",
+        "2",
+        "--compile-first",
+        "false",
+    ]
+    assert main(["serve", "--checkpoint", str(folder), *words]) == 0
+    assert (handed["host"], handed["port"]) == ("0.0.0.0", 81)
+    options, engine = handed["server"].options, handed["server"].engine
+    assert (options.api_key, options.model_name, engine.options.max_batch) == ("secret", folder.name, 2)
