@@ -151,6 +151,7 @@ def _validate_train(config: Config) -> None:
         "seq_len",
         "batch_size",
         "loss_chunk",
+        "ema_every",
         "log_every",
         "eval_every",
         "checkpoint_every",
@@ -257,7 +258,8 @@ def _validate_pipeline(mesh: MeshConfig, train: TrainConfig, model: ModelConfig)
         f"mesh.pipe = {ranks} must be 1: stages share out mixture-of-experts layers, and this model has none",
     )
     _require(
-        not train.unroll, f"train.unroll = true needs mesh.pipe = 1, not {ranks}: stages run their layers in a loop"
+        not train.unroll,
+        f"train.unroll = true needs mesh.pipe = 1, not {ranks}: stages run their layers in a loop; set it false",
     )
     if schedule not in ("dualpipe", "dualpipev"):
         return

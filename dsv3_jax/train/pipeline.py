@@ -20,7 +20,7 @@ from dsv3_jax.model import DeepSeekV3, Tree, merge_model, split_model
 from dsv3_jax.nn import fp8
 from dsv3_jax.nn.block import Block, rematerialize
 from dsv3_jax.nn.router import RouterBias
-from dsv3_jax.train.loss import Losses, activation_dtype, balance_of, end_losses
+from dsv3_jax.train.loss import Losses, activation_dtype, balance_of, cross_entropy, end_losses, has_label
 from sharding.pipeline.actions import BACKWARD, FORWARD, Kind
 from sharding.pipeline.executor import execute, plan_of
 from sharding.pipeline.partition import Partition
@@ -66,7 +66,7 @@ class Pipeline:
     """
 
     def __init__(self, config: Config, model: DeepSeekV3, partition: Partition, *tables: Table):
-        self.config, self.partition, self.plan = config, partition, plan_of(*tables)
+        self.config, self.partition, self.plan, self._tables = config, partition, plan_of(*tables), tables
         self.blocks = {
             name: nnx.split(getattr(model, name), nnx.Param, RouterBias)[0]
             for name in ("dense", "moe")
@@ -105,6 +105,21 @@ class Pipeline:
         own, other = jnp.split(both, 2)
         return own + self._exchange(other)
 
+    def nats(self, weights: Weights, tokens: Int[Array, "A B T1"]) -> Array:
+        """Inside ``shard_map``: this rank's part of the main head's cross entropy, summed over all labels; float32.
+
+        The tables are forward passes alone, of the layers that ranks store, for as many micro-batches as there are.
+        """
+        stage = _Stage(self, weights, tokens, {"sequence_total": jnp.float32(1)}, self._message(tokens))
+        start = jnp.zeros((tokens.shape[0] + 1, *stage.message.shape), stage.message.dtype)
+        rows, ticks = self.rows(self._tables[0])
+        raw = execute(stage.tick_ahead, self.plan, jnp.asarray(rows), ticks, start, stage.message)
+        return stage.nats(raw[:-1])
+
+    def _message(self, tokens: Array) -> jax.ShapeDtypeStruct:
+        shape = tokens.shape[1], tokens.shape[2] - 1, self.config.model.hidden_size
+        return jax.ShapeDtypeStruct(shape, activation_dtype(self.config.train.precision))
+
     def gradients(
         self,
         weights: Weights,
@@ -121,12 +136,8 @@ class Pipeline:
             rows: of :meth:`rows`, as is ``ticks``.
             scalars: keyword arguments of :func:`~dsv3_jax.train.loss.end_losses`.
         """
-        model = self.config.model
-        message = jax.ShapeDtypeStruct(
-            (tokens.shape[1], tokens.shape[2] - 1, model.hidden_size), activation_dtype(self.config.train.precision)
-        )
-        stage = _Stage(self, weights, tokens, scalars, message)
-        memory = execute(stage.tick, self.plan, rows, ticks, stage.memory(), message)
+        stage = _Stage(self, weights, tokens, scalars, self._message(tokens))
+        memory = execute(stage.tick, self.plan, rows, ticks, stage.memory(), stage.message)
         return stage.gradients(memory), stage.losses(memory)
 
 
@@ -135,7 +146,7 @@ class _Stage:
 
     def __init__(self, pipeline: Pipeline, weights: Weights, tokens: Array, scalars: dict[str, Array], message: Any):
         self._pipeline, self._weights, self._tokens, self._scalars = pipeline, weights, tokens, scalars
-        self._message = message
+        self.message = message
         model, partition = pipeline.config.model, pipeline.partition
         self._n_dense, self._slots, self._last = model.n_dense_layers, partition.slots, len(partition.counts) - 1
         self._counts = jnp.asarray(partition.counts, jnp.int32)
@@ -146,7 +157,7 @@ class _Stage:
 
     def _stack(self, name: str, slots: int) -> Stack:
         train, graph = self._pipeline.config.train, self._pipeline.blocks[name]
-        positions = jnp.broadcast_to(jnp.arange(self._message.shape[1]), self._message.shape[:2])
+        positions = jnp.broadcast_to(jnp.arange(self.message.shape[1]), self.message.shape[:2])
         balance = balance_of(self._pipeline.config)
 
         def layer(params: Tree, given: Tree, x: Array) -> tuple[tuple[Array, Array], Any]:
@@ -165,18 +176,18 @@ class _Stage:
         }
         one = functools.partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype))
         function = rematerialize(layer, train.remat, scanned=True)
-        parts = in_parts(function, one(params), one(given), self._message)
+        parts = in_parts(function, one(params), one(given), self.message)
         return Stack(parts, slots, params, given, self._d_cost)
 
     def memory(self) -> _Memory:
         """What a step starts with: empty rings, sums of nothing."""
         slots, experts = self._pipeline.plan.slots, self._pipeline.config.model.n_routed_experts
         late, held = self._late_params(), self._layers.size
-        end = jax.eval_shape(self._end, late, self._message, self._tokens[0])[1]
+        end = jax.eval_shape(self._end, late, self.message, self._tokens[0])[1]
         counts = jnp.zeros((held, experts), jnp.int32)
         memory = {
             "moe": self._moe.memory((jnp.zeros((held,), jnp.float32), counts), slots.residual, slots.deferred),
-            "raw": ring((slots.last + 1,), self._message),
+            "raw": ring((slots.last + 1,), self.message),
             "grads": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), late),
             "losses": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), end),
         }
@@ -219,6 +230,29 @@ class _Stage:
         memory["grads"] = self._into_the_table(memory["grads"], dy, row, is_one(*BACKWARD))
         return memory | {"moe": moe}, y, dy
 
+    def tick_ahead(self, raw: Array, x: Array, dy: Array, row: Array) -> tuple[Array, Array, Array]:
+        """:meth:`tick` of a forward pass alone; ``raw`` are the trunk's outputs by micro-batch."""
+        ahead, at_first = self._passes(row, "F", row[Col.KIND] == Kind.F)
+        x = jnp.where(row[Col.F_STAGE] == 0, self._embedded(take(self._tokens, row[Col.F_MICRO])), x)
+        if self._dense:
+            x = self._dense.through(x, at_first)
+        y = self._moe.through(x, ahead)
+        return put(raw, y, jnp.where(row[Col.F_STAGE] == self._last, row[Col.F_MICRO], -1)), y, dy
+
+    def nats(self, raw: Array) -> Array:
+        """Cross entropy of the main head, on the rank of the last stage; 0 elsewhere."""
+        labels, weights = jnp.maximum(self._tokens, 0)[..., 1:], has_label(self._tokens).astype(jnp.float32)
+        config, model = self._pipeline.config, self._model(self._weights.params)
+
+        def add(total: Array) -> Array:
+            hidden = model.final_norm(raw).reshape(-1, raw.shape[-1])
+            rows = labels.reshape(-1), weights.reshape(-1)
+            return total + cross_entropy(hidden, model.head_weight(), *rows, config.train.loss_chunk)
+
+        stored = self._pipeline.partition.stored
+        last = jnp.asarray([self._last in stages[:stored] for stages in self._pipeline.partition.stage_of])
+        return when(last[lax.axis_index("pipe")], add, jnp.zeros((), jnp.float32))
+
     def _passes(self, row: Array, way: str, there: Array) -> tuple[Pass, Pass]:
         """The row's forward (``F``) or backward (``B``) pass through a stage's layers, if it is ``there``, and through
         the dense layers, if it is the first stage's."""
@@ -234,7 +268,7 @@ class _Stage:
 
     def _embedded(self, tokens: Array) -> Array:
         table = self._weights.params["embedding"]["table"]
-        return table[jnp.maximum(tokens[:, :-1], 0)].astype(self._message.dtype)
+        return table[jnp.maximum(tokens[:, :-1], 0)].astype(self.message.dtype)
 
     def _into_the_table(self, grads: Tree, dx: Array, row: Array, there: Array) -> Tree:
         """On the first stage, the gradient of :meth:`_embedded` added."""
@@ -251,11 +285,15 @@ class _Stage:
 
     def _end(self, late_params: Tree, raw: Array, tokens: Array) -> tuple[Array, Losses]:
         """What comes after the last layer."""
-        params = {name: part for name, part in self._weights.params.items() if name == "dense"} | late_params
-        bias = {name: part for name, part in self._weights.router_bias.items() if name != "moe"}
-        model = merge_model(self._pipeline.ends, fp8.attach(params, self._weights.codes), bias)
+        model = self._model(self._weights.params | late_params)
         losses = end_losses(model, raw, tokens, self._pipeline.config, None, **self._scalars)
         return losses.total, losses
+
+    def _model(self, params: Tree) -> DeepSeekV3:
+        """The model without the pipeline's layers."""
+        params = {name: part for name, part in params.items() if name != "moe"}
+        bias = {name: part for name, part in self._weights.router_bias.items() if name != "moe"}
+        return merge_model(self._pipeline.ends, fp8.attach(params, self._weights.codes), bias)
 
     def _from_the_loss(self, memory: _Memory, dy: Array, row: Array, there: Array) -> tuple[_Memory, Array]:
         """On the last stage, the gradient of the trunk's output, and losses and the weights' gradients added up.

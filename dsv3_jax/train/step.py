@@ -23,6 +23,7 @@ from dsv3_jax.train.optimizer import clip_by_norm, make_optimizer
 from dsv3_jax.train.pipeline import Pipeline, Weights, step_table
 from dsv3_jax.train.state import TrainState, abstract_state, config_layout, config_mesh, graph_of, placed_model
 from sharding.mesh import AXES, BATCH_AXES
+from sharding.pipeline.ahead import forward_table
 
 Metrics = dict[str, Any]
 _ROWS = P(None, BATCH_AXES)
@@ -220,34 +221,42 @@ class EvalStep:
         self.mesh = mesh or config_mesh(config)
         self._graph = graph_of(config)
         lanes = int(np.prod([self.mesh.shape[axis] for axis in BATCH_AXES]))
+        self._micro_batches = self.mesh.shape["pipe"]
         self._rows = (config.train.micro_batch_size or config.train.batch_size // lanes) * lanes
         self._layout = config_layout(config, self.mesh)
-        specs = (self._layout.share, P(), P(BATCH_AXES))
+        self._pipeline: Pipeline | None = None
+        if self._layout.partition is not None:
+            ranks, twice = self._micro_batches, config.mesh.schedule == "dualpipev"
+            ahead = forward_table(ranks, self._micro_batches, twice=twice)
+            self._pipeline = Pipeline(config, placed_model(config), self._layout.partition, ahead)
+        specs = (self._layout.share, P(), _ROWS)
         mapped = jax.shard_map(self._local_nats, mesh=self.mesh, in_specs=specs, out_specs=P(), check_vma=False)
         self._jitted = jax.jit(mapped)
 
     def __call__(self, state: TrainState, rows: Int32[np.ndarray, "n T1"]) -> tuple[float, int]:
         """``rows`` are the same whole array in every process."""
-        padding = -rows.shape[0] % self._rows
-        batches = np.pad(rows, ((0, padding), (0, 0)), constant_values=-1).reshape(-1, self._rows, rows.shape[1])
-        sharding = NamedSharding(self.mesh, P(BATCH_AXES))
+        padding = -rows.shape[0] % (self._micro_batches * self._rows)
+        padded = np.pad(rows, ((0, padding), (0, 0)), constant_values=-1)
+        batches = padded.reshape(-1, self._micro_batches, self._rows, rows.shape[1])
+        sharding = NamedSharding(self.mesh, _ROWS)
         sums = []
         for batch in batches:
             tokens = jax.make_array_from_callback(batch.shape, sharding, lambda index, batch=batch: batch[index])
             sums.append(self._jitted(state.params, state.router_bias, tokens))
         return float(np.sum([float(nats) for nats in sums])), int(np.sum(rows[:, 1:] >= 0))
 
-    def _local_nats(self, params: Tree, router_bias: Tree, tokens_BT: jax.Array) -> jax.Array:
+    def _local_nats(self, params: Tree, router_bias: Tree, tokens_ABT: jax.Array) -> jax.Array:
         params, precision = self._layout.gather(params), self.config.train.precision
-        if precision == "fp8":
-            params = fp8.attach(params, fp8.quantize_weights(params))
-        model: DeepSeekV3 = merge_model(self._graph, params, router_bias)
-        tokens = jnp.maximum(tokens_BT, 0)
+        codes = fp8.quantize_weights(params) if precision == "fp8" else {}
+        if self._pipeline is not None:
+            return lax.psum(self._pipeline.nats(Weights(params, codes, router_bias), tokens_ABT), AXES)
+        model: DeepSeekV3 = merge_model(self._graph, fp8.attach(params, codes), router_bias)
+        tokens = jnp.maximum(tokens_ABT[0], 0)
         hidden, _, _ = model.trunk(tokens[:, :-1], dtype=activation_dtype(precision))
         hidden = model.final_norm(hidden).reshape(-1, self.config.model.hidden_size)
-        labels, weights = tokens[:, 1:].reshape(-1), has_label(tokens_BT).astype(jnp.float32).reshape(-1)
+        labels, weights = tokens[:, 1:].reshape(-1), has_label(tokens_ABT).astype(jnp.float32).reshape(-1)
         nats = cross_entropy(hidden, model.head_weight(), labels, weights, self.config.train.loss_chunk)
-        return lax.psum(nats, BATCH_AXES)
+        return lax.psum(nats, AXES)
 
 
 def make_eval_step(config: Config, mesh: Mesh | None = None) -> EvalStep:

@@ -34,9 +34,19 @@ from dsv3_jax.train import schedule
 from dsv3_jax.train.finish import summarize
 from dsv3_jax.train.hosts import sign_folder, together
 from dsv3_jax.train.metrics import LAG, LOAD_FILE, MetricsQueue, Record, RunFiles, read_expert_load, read_metrics
+from dsv3_jax.train.plain import to_stages
 from dsv3_jax.train.progress import RunProgress
 from dsv3_jax.train.run_folder import StopRequest, open_run_folder
-from dsv3_jax.train.state import TrainState, abstract_state, config_mesh, init_state, model_of
+from dsv3_jax.train.state import (
+    TrainState,
+    abstract_plain_state,
+    config_layout,
+    config_mesh,
+    init_state,
+    model_of,
+    plain_state,
+    staged_state,
+)
 from dsv3_jax.train.step import make_eval_step, make_train_step, out_of_memory
 from sharding.launch import Alone, Launch
 
@@ -84,7 +94,8 @@ class Run:
 
     def model(self) -> DeepSeekV3:
         """The model with the run's weights."""
-        return model_of(self.config, self.state.params, self.state.router_bias)
+        plain = plain_state(self.config, self.state)
+        return model_of(self.config, plain.params, plain.router_bias)
 
 
 def train(
@@ -181,24 +192,26 @@ class _Session:
         newest = newest_checkpoint(self.out / "checkpoints")
         if newest is None:
             return self._fresh_state(), None
-        arrays = restore(newest, abstract_state(self.config, self.mesh))
+        saved = restore(newest, abstract_plain_state(self.config, self.mesh))
         info = read_info(newest)
         if info.step > self.total:
             raise ConfigError(f"the run in {self.out} is at step {info.step}, past its end at step {self.total}")
         self.val_bpb, self.seconds = info.val_bpb, info.extra["seconds"]
         self._say(f"going on from {newest}")
-        return dataclasses.replace(arrays, step=info.step, tokens=info.tokens), info.data
+        state = staged_state(self.config, saved, self.mesh)
+        return dataclasses.replace(state, step=info.step, tokens=info.tokens), info.data
 
     def _fresh_state(self) -> TrainState:
         state, source = init_state(self.config, self.mesh), self.config.train.init_from
         if not source:
             return state
-        abstract = abstract_state(self.config, self.mesh)
+        abstract = abstract_plain_state(self.config, self.mesh)
         try:
             given = load_into(source, {"params": abstract.params, "router_bias": abstract.router_bias})
         except ConfigError as error:
             raise ConfigError(f"train.init_from = {source!r}: {error}") from error
         self._say(f"weights from {source}")
+        given = to_stages(config_layout(self.config, self.mesh), given)
         ema = jax.tree.map(lambda leaf: leaf.copy(), given["params"]) if state.ema is not None else None
         return dataclasses.replace(state, ema=ema, **given)
 
@@ -324,7 +337,7 @@ class _Session:
         if self.files is not None:
             self.files.sync()
         self.writer.save(
-            self.state,
+            plain_state(self.config, self.state, self.mesh),
             step=step,
             tokens=self.state.tokens,
             data=_of_all_processes(self.stream.state()),
@@ -355,7 +368,8 @@ class _Session:
 
     def _sampled_model(self) -> DeepSeekV3 | None:
         """The model whole on this process's first device, from the shares of all; None where it is too large."""
-        shared_out = (self.state.params, self.state.router_bias)
+        plain = plain_state(self.config, self.state, self.mesh)
+        shared_out = (plain.params, plain.router_bias)
         if self.mesh.size > 1 and sum(leaf.nbytes for leaf in jax.tree.leaves(shared_out)) > _LARGEST_SAMPLED:
             return None
         whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(shared_out)

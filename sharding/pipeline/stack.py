@@ -66,6 +66,10 @@ class Stack:
 
         return lax.fori_loop(begin, ahead.layers, step, (memory, x))
 
+    def through(self, x: Array, ahead: Pass) -> Array:
+        """:meth:`forward` for its output alone."""
+        return lax.fori_loop(0, ahead.layers, lambda i, x: self._layer.forward(*self._of(ahead.first + i), x)[0][0], x)
+
     def backward(self, memory: Any, dy: Array, back: Pass, begin: Number = 0) -> tuple[Any, Array]:
         """The input's gradient, the weights' added; the last ``begin`` layers have been gone through."""
 

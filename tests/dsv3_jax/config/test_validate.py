@@ -108,7 +108,7 @@ def test_an_architecture_that_cannot_be_is_refused(changes, expected):
         ),
         (
             {"mesh": {"pipe": 2}, "train": {"unroll": True}},
-            "train.unroll = true needs mesh.pipe = 1, not 2: stages run their layers in a loop",
+            "train.unroll = true needs mesh.pipe = 1, not 2: stages run their layers in a loop; set it false",
         ),
         (
             {"mesh": {"pipe": 3, "schedule": "dualpipe"}},
