@@ -19,7 +19,6 @@ from pallas_kernels import dispatch
 from pallas_kernels.fp8_gemm import fp8_gemm, fp8_wgrad
 from pallas_kernels.grouped_fp8_gemm import grouped_fp8_gemm, grouped_fp8_wgrad
 from pallas_kernels.norm_quantize import norm_quantize
-from pallas_kernels.permute import Plan, permute, permute_tiles
 from pallas_kernels.quantize import Tiles, Weight, quantize_both, quantize_rows, quantize_weight, requantize_columns
 from pallas_kernels.quantize.reference import TILE, pad_to_tiles
 
@@ -151,11 +150,6 @@ def normalize(
     x_MK = x.reshape(-1, x.shape[-1])
     tiles, y = norm_quantize(pad_rows(x_MK), scale, eps=eps, power_of_two=power_of_two, with_output=with_output)
     return Quantized(y[: x_MK.shape[0]].reshape(x.shape), tiles, power_of_two)
-
-
-def sort_rows(x: Quantized, plan: Plan) -> Quantized:
-    """``x [T, K]`` as the plan sorts it by expert: the tiles move, the source is there for its gradient."""
-    return Quantized(permute(x.source, plan), permute_tiles(x.tiles, plan), x.power_of_two)
 
 
 def linear(x: Quantized, weight: FP8Weight) -> Float[Array, "*rows N"]:

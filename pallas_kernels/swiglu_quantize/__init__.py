@@ -6,5 +6,6 @@ from pallas_kernels.swiglu_quantize.op import (
     swiglu_quantize,
     swiglu_with_gradient,
 )
+from pallas_kernels.swiglu_quantize.reference import SwigluGradients
 
-__all__ = ["swiglu_backward", "swiglu_backward_quantize", "swiglu_quantize", "swiglu_with_gradient"]
+__all__ = ["SwigluGradients", "swiglu_backward", "swiglu_backward_quantize", "swiglu_quantize", "swiglu_with_gradient"]

@@ -8,6 +8,7 @@ as they would be stored; then each reads half of the columns transposed, where a
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -18,6 +19,7 @@ from pallas_kernels.quantize import pallas_sm90 as quantizer
 from pallas_kernels.quantize.pallas_sm90 import ROWS, WGMMA
 from pallas_kernels.quantize.reference import TILE, Tiles, round_to
 from pallas_kernels.quantize.tile_loop import F8, smem_tile, swizzled, tiles_of
+from pallas_kernels.swiglu_quantize.reference import SwigluGradients
 
 WARPGROUPS = 2
 CHUNK = 16
@@ -27,10 +29,17 @@ _SHARE = TILE // WARPGROUPS
 
 
 def swiglu_backward_quantize(
-    stored: Tiles, dout_MI: Array, power_of_two: bool = False, *, chunk: int = CHUNK, interpret: Any = None
-) -> tuple[Tiles, Tiles, Tiles]:
+    stored: Tiles,
+    dout_MI: Array,
+    weight_M: Array | None = None,
+    power_of_two: bool = False,
+    *,
+    chunk: int = CHUNK,
+    interpret: Any = None,
+) -> SwigluGradients:
     """See ``reference.swiglu_backward_quantize``."""
     (rows, dim_i), dtype = dout_MI.shape, dout_MI.dtype
+    weighted = weight_M is not None
     i_tiles = dim_i // TILE
     quantize = functools.partial(quantizer.quantize_tile, power_of_two=power_of_two, interpret=interpret)
 
@@ -38,21 +47,10 @@ def swiglu_backward_quantize(
         return round_to(x, dtype) if interpret else x.astype(dtype)
 
     def body(
-        kept_ref: Any,
-        kept_scale_ref: Any,
-        dout_ref: Any,
-        row_ref: Any,
-        row_scale_ref: Any,
-        column_ref: Any,
-        column_scale_ref: Any,
-        out_ref: Any,
-        out_scale_ref: Any,
-        *,
-        wide: Any,
-        codes: Any,
-        scales: Any,
-        written: Any,
+        kept_ref: Any, kept_scale_ref: Any, dout_ref: Any, *refs: Any, wide: Any, codes: Any, scales: Any, written: Any
     ) -> None:
+        weight_refs, made_refs = refs[:weighted], refs[weighted:]
+        row_ref, row_scale_ref, column_ref, column_scale_ref, out_ref, out_scale_ref, *dweight_refs = made_refs
         index, group = lax.axis_index("tile"), lax.axis_index("warpgroup")
         mb, ib = lax.div(index, i_tiles), lax.rem(index, i_tiles)
         tiles, mine = (ib, ib + i_tiles), group * _SHARE
@@ -74,7 +72,13 @@ def swiglu_backward_quantize(
             dout = load(dout_ref, ib).astype(jnp.float32)
             sigmoid = 1.0 / (1.0 + jnp.exp(-gate))
             silu = gate * sigmoid
-            results = dout * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), dout * silu, silu * up
+            out = silu * up
+            if weighted:
+                dweight_refs[0][ib, here_m] = jnp.sum(dout * out, axis=1)
+                weight = plgpu.load(weight_refs[0].at[here_m], layout=ROWS.reduce(1), optimized=False)
+                weight = lax.broadcast_in_dim(weight, out.shape, [0])
+                dout, out = dout * weight, out * weight
+            results = dout * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), dout * silu, out
             for number, result in enumerate(map(rounded, results)):
                 wide[number, pl.ds(first, chunk), :] = result.astype(dtype)
                 if number < 2:
@@ -97,9 +101,11 @@ def swiglu_backward_quantize(
             plgpu.copy_smem_to_gmem(scales.at[group], to_scales.at[mb, here_k])
         plgpu.wait_smem_to_gmem(0)
 
+    partial_sums = [jax.ShapeDtypeStruct((i_tiles, rows), jnp.float32)] * weighted
+    operands = (*stored, dout_MI, *([weight_M.astype(jnp.float32)] if weight_M is not None else ()))
     kernel = plgpu.kernel(
         body,
-        out_type=[*tiles_of(rows, 2 * dim_i), *tiles_of(2 * dim_i, rows), *tiles_of(dim_i, rows)],
+        out_type=[*tiles_of(rows, 2 * dim_i), *tiles_of(2 * dim_i, rows), *tiles_of(dim_i, rows), *partial_sums],
         scratch_types={
             "wide": smem_tile(dtype, 3),
             "codes": plgpu.SMEM((WARPGROUPS, _SHARE, TILE), F8, transforms=swizzled(F8)),
@@ -112,5 +118,6 @@ def swiglu_backward_quantize(
         thread_name="warpgroup",
         interpret=interpret,
     )
-    made = [varying.like(out, *stored, dout_MI) for out in kernel(*stored, dout_MI)]
-    return Tiles(*made[:2]), Tiles(*made[2:4]), Tiles(*made[4:])
+    made = [varying.like(out, *operands) for out in kernel(*operands)]
+    dweight_M = jnp.sum(made[6], axis=0) if weighted else None
+    return SwigluGradients(Tiles(*made[:2]), Tiles(*made[2:4]), Tiles(*made[4:6]), dweight_M)

@@ -48,6 +48,9 @@ def run_backward(bench: memory_bench.MemoryBench, case: cases.Case, inputs: tupl
     for chunk in (16, 8) if tune else (16,):
         kernel = functools.partial(backward_sm90.swiglu_backward_quantize, chunk=chunk)
         measure(f"pallas c{chunk}", kernel, expected=expected, against=baseline, sustained=chunk == 16)
+    weighted = (*inputs, jnp.ones(len(inputs[1])))
+    kernel = backward_sm90.swiglu_backward_quantize
+    bench.measure(case.name, name, "pallas, weighted", kernel, weighted, moved_bytes=moved, against=baseline)
 
 
 def _in_two_steps(stored: Tiles, dout: Array) -> tuple[tuple[Tiles, Tiles], Tiles]:

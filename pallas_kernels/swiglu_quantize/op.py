@@ -11,6 +11,7 @@ from pallas_kernels.once import once
 from pallas_kernels.quantize import pallas_sm90 as quantizer
 from pallas_kernels.quantize.reference import Tiles
 from pallas_kernels.swiglu_quantize import backward_sm90, pallas_sm90, reference
+from pallas_kernels.swiglu_quantize.reference import SwigluGradients
 
 
 def swiglu_quantize(
@@ -59,37 +60,41 @@ def swiglu_backward(
         The gradient ``[M, 2 I]`` in the dtype of ``dout_MI``, and the output in 128 x 1 tiles, ``q [I, M]``: what the
         weight gradient of the down projection contracts.
     """
-    return reference.swiglu_backward(stored, dout_MI, power_of_two)
+    return reference.swiglu_backward(stored, dout_MI, power_of_two)[:2]
 
 
 def swiglu_backward_quantize(
     stored: Tiles,
     dout_MI: Float[Array, "M I"],
+    weight_M: Float[Array, " M"] | None = None,
     *,
     power_of_two: bool = False,
     implementation: dispatch.Implementation = "auto",
-) -> tuple[Tiles, Tiles, Tiles]:
+) -> SwigluGradients:
     """:func:`swiglu_backward` with all that it writes quantized, which is all that the three products after it read.
+
+    With ``weight_M`` each row's output is multiplied by a number, as a gate value multiplies an expert's.
 
     The Hopper kernel takes bfloat16 or float16 with M and I multiples of 128; ``auto`` falls back to XLA elsewhere.
 
     Args:
         stored: the second result of :func:`swiglu_quantize`.
-        dout_MI: gradient of the output.
+        dout_MI: gradient of the (weighted) output.
+        weight_M: the rows' weights; None: 1, without a gradient.
         power_of_two: round scales up to powers of two.
         implementation: ``"xla"``, ``"pallas"`` (Hopper) or ``"auto"``.
 
     Returns:
-        The gradient of ``gate_up``, rounded to the dtype of ``dout_MI`` first, in 1 x 128 tiles, ``q [M, 2 I]``, and in
-        128 x 1 tiles, ``q [2 I, M]``; the output again in 128 x 1 tiles, ``q [I, M]``.
+        Tiles of the gradient of ``gate_up`` in both forms and of the weighted output, each rounded to the dtype of
+        ``dout_MI`` first; the gradient of the weights, float32.
 
     Raises:
         ValueError: the implementation asked for cannot run.
     """
     chosen = dispatch.choose("swiglu_backward_quantize", implementation, {"pallas": quantizer.obstacle(dout_MI)})
     if chosen == "pallas":
-        return once(backward_sm90.swiglu_backward_quantize, power_of_two=power_of_two)(stored, dout_MI)
-    return reference.swiglu_backward_quantize(stored, dout_MI, power_of_two)
+        return once(backward_sm90.swiglu_backward_quantize, power_of_two=power_of_two)(stored, dout_MI, weight_M)
+    return reference.swiglu_backward_quantize(stored, dout_MI, weight_M, power_of_two)
 
 
 def swiglu_with_gradient(

@@ -101,7 +101,8 @@ def experts():
 def test_gradients_of_experts_are_float32s_within_the_formats_error(experts):
     found, wanted = (jax.tree.leaves_with_path(result) for result in experts)
     for (path, left), (_, right) in zip(found, wanted, strict=True):
-        assert calc_diff(left, right) < 4e-3, path
+        # The gradient of a gate value is one sum, of 128 products of a recomputed output and its gradient.
+        assert calc_diff(left, right) < (6e-3 if left.shape[-1] == 1 else 4e-3), path
 
 
 def test_masters_gradients_are_float32_and_zero_for_an_expert_without_rows(experts):
@@ -195,13 +196,12 @@ def test_inputs_of_linear_layers_and_of_swiglu_are_kept_in_8_bits(stack):
     tokens, size, width = BATCH * TOKENS, CONFIG.hidden_size, CONFIG.moe_intermediate_size
     rows = (2 * tokens + 4 * 127) // 128 * 128
     attention = size + CONFIG.q_lora_rank + CONFIG.kv_lora_rank
-    shared, routed = size + 2 * width, size + 2 * width
+    shared, routed = size + 2 * width, 2 * width
     kept = sum(int(np.prod(shape)) for shape in codes.elements())
     assert kept == LAYERS * (tokens * (attention + shared) + rows * routed)
     wide = [leaf.shape for leaf in residuals if leaf.dtype == jnp.bfloat16 and leaf.shape[-1:] == (size,)]
-    stream, normed, output = (LAYERS, tokens, size), (LAYERS, BATCH, TOKENS, size), (LAYERS, rows, size)
-    expected = [stream, stream, normed, output]
-    assert sorted(wide) == sorted(expected), "what norms and the router read, and the output that gates' gradients read"
+    stream, normed = (LAYERS, tokens, size), (LAYERS, BATCH, TOKENS, size)
+    assert sorted(wide) == sorted([stream, stream, normed]), "what norms and the router read, nothing of the experts"
 
 
 def test_attentions_output_is_kept_once_and_in_12_bits_and_norms_keep_their_input_alone(stack):

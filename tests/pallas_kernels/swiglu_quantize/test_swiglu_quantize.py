@@ -34,8 +34,24 @@ def check_tiles_nearly_equal(tiles, wanted):
     """Equal but where another exponential rounded the result otherwise: rarely, and then to a neighbour."""
     assert_close(tiles.scale, wanted.scale, tolerance=1e-3)
     codes, wanted_codes = (np.asarray(t.q).view(np.uint8).astype(int) for t in (tiles, wanted))
+    codes, wanted_codes = (np.where(each == 128, 0, each) for each in (codes, wanted_codes))  # two zeros
     assert np.abs(codes - wanted_codes).max() <= 1
     assert (codes != wanted_codes).mean() < 2e-3
+
+
+def check_gradients_nearly_equal(got, expected):
+    for tiles, wanted in zip(got[:3], expected[:3], strict=True):
+        check_tiles_nearly_equal(tiles, wanted)
+    if expected.dweight_M is not None:
+        assert_close(got.dweight_M, expected.dweight_M, tolerance=1e-5)
+
+
+def weights_of(rows, weighted):
+    """Positive numbers of different size, some of them zero."""
+    if not weighted:
+        return None
+    rng = np.random.default_rng(7)
+    return jnp.asarray(rng.uniform(0, 2, rows) * (rng.random(rows) > 0.1), jnp.float32)
 
 
 def check_nearly_equal(got, expected):
@@ -43,6 +59,22 @@ def check_nearly_equal(got, expected):
     check_tiles_nearly_equal(got[0], expected[0])
     for a, b in zip(got[1], expected[1], strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_weights_multiply_the_output_and_get_a_gradient():
+    gate_up, dout = (jnp.asarray(cases.SMALL[0].array(seed)[:, :size]) for seed, size in ((0, 512), (1, 256)))
+    weight = weights_of(128, True)
+
+    @jax.jit
+    def run(gate_up, dout, weight):
+        stored = quantize_rows(gate_up)
+        out, back = jax.vjp(lambda x, w: plain(x) * w[:, None], dequantize_rows(*stored), weight)
+        dgate_up, dweight = back(dout)
+        found = swiglu_backward_quantize(stored, dout, weight)
+        return found, (quantize_rows(dgate_up), quantize_columns(dgate_up), quantize_columns(out), dweight)
+
+    found, expected = run(gate_up, dout, weight)
+    check_gradients_nearly_equal(found, reference.SwigluGradients(*expected))
 
 
 @pytest.mark.parametrize("case", cases.EDGES, ids=lambda case: case.name)
@@ -89,13 +121,15 @@ def test_the_kernel_in_the_interpreter_equals_the_definition_without_a_race():
     assert not gpu_callbacks.get_races().races_found
 
 
-def test_the_backward_kernel_in_the_interpreter_equals_the_definition_without_a_race():
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_backward_kernel_in_the_interpreter_equals_the_definition_without_a_race(weighted):
     stored = jax.jit(quantize_rows)(jnp.asarray(cases.SMALL[1].array(), jnp.bfloat16))
     dout = jnp.asarray(cases.SMALL[1].array(1)[:, :128], jnp.bfloat16)
+    weight = weights_of(len(dout), weighted)
     params = plgpu.InterpretGPUParams(detect_races=True)
-    got = jax.block_until_ready(backward_sm90.swiglu_backward_quantize(stored, dout, chunk=64, interpret=params))
-    for tiles, wanted in zip(got, jax.jit(swiglu_backward_quantize)(stored, dout), strict=True):
-        check_tiles_nearly_equal(tiles, wanted)
+    kernel = functools.partial(backward_sm90.swiglu_backward_quantize, chunk=64, interpret=params)
+    got = jax.block_until_ready(kernel(stored, dout, weight))
+    check_gradients_nearly_equal(got, jax.jit(swiglu_backward_quantize)(stored, dout, weight))
     assert not gpu_callbacks.get_races().races_found
 
 
@@ -127,8 +161,9 @@ def test_results_on_hopper_equal_the_definition(case, power_of_two):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("case", [*cases.SMALL, *cases.BENCHED], ids=lambda case: case.name)
-def test_the_backward_on_hopper_equals_the_definition(case, power_of_two):
+def test_the_backward_on_hopper_equals_the_definition(case, weighted, power_of_two):
     if case in cases.SMALL:
         gate_up = jnp.asarray(case.array(), jnp.bfloat16)
     else:
@@ -136,9 +171,10 @@ def test_the_backward_on_hopper_equals_the_definition(case, power_of_two):
     stored = jax.jit(quantize_rows)(gate_up)
     dout = jax.random.normal(jax.random.key(1), (case.shape[0], case.shape[1] // 2), jnp.bfloat16)
     run = functools.partial(swiglu_backward_quantize, power_of_two=power_of_two)
-    got, expected = (jax.jit(functools.partial(run, implementation=name))(stored, dout) for name in ("pallas", "xla"))
-    for tiles, wanted in zip(got, expected, strict=True):
-        check_tiles_nearly_equal(tiles, wanted)
+    given = stored, dout, weights_of(len(dout), weighted)
+    check_gradients_nearly_equal(
+        *(jax.jit(functools.partial(run, implementation=name))(*given) for name in ("pallas", "xla"))
+    )
 
 
 @pytest.mark.gpu
@@ -149,6 +185,7 @@ def test_no_kernel_spills_registers():
         "x, dout = jnp.zeros((256, 512), jnp.bfloat16), jnp.zeros((256, 256), jnp.bfloat16)\n"
         "for power_of_two in (False, True):\n"
         "    stored = jax.block_until_ready(pallas_sm90.swiglu_quantize(x, power_of_two))[1]\n"
-        "    jax.block_until_ready(backward_sm90.swiglu_backward_quantize(stored, dout, power_of_two))\n"
+        "    for weight in (None, jnp.ones(256)):\n"
+        "        jax.block_until_ready(backward_sm90.swiglu_backward_quantize(stored, dout, weight, power_of_two))\n"
     )
-    assert spilled_bytes(program) == [0] * 4
+    assert spilled_bytes(program) == [0] * 6
