@@ -4,6 +4,7 @@ Losses are averaged over sequences; the model sums them over layers (DEFAULT of 
 and has no gradient; gradient flows through the mean affinity ``P``.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -58,6 +59,7 @@ def communication_balance(routing: Routing, devices: int, devices_per_token: int
     return jnp.mean(jnp.sum(f_BX * p_BX, axis=-1))
 
 
+@jax.named_scope("router")
 def balance_loss(routing: Routing, loss: LossConfig) -> Float[Array, ""]:
     """All balance losses of one router that ``loss`` asks for, each times its alpha, float32."""
     total = jnp.zeros((), jnp.float32)

@@ -24,7 +24,12 @@ def matmul(x: Float[Array, "*rows in_"], w: Float[Array, "in_ out"]) -> Float[Ar
     The weight's gradient is accumulated and returned in the weight's own dtype (float32 masters), never rounded
     through the activations' dtype (spec 3.3.3 of the V3 report as restated in spec 11.2).
     """
-    return jnp.matmul(x, w.astype(x.dtype), precision=matmul_precision(x.dtype))
+    return jnp.matmul(x, _cast(w, x.dtype), precision=matmul_precision(x.dtype))
+
+
+@jax.named_scope("cast")
+def _cast(w: jax.Array, dtype: DTypeLike) -> jax.Array:
+    return w.astype(dtype)
 
 
 def _matmul_fwd(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -34,7 +39,7 @@ def _matmul_fwd(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array,
 def _matmul_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = residuals
     precision = matmul_precision(x.dtype)
-    dx = jnp.matmul(dy, w.astype(dy.dtype).T, precision=precision)
+    dx = jnp.matmul(dy, _cast(w, dy.dtype).T, precision=precision)
     rows = tuple(range(x.ndim - 1))
     dw = lax.dot_general(x, dy, ((rows, rows), ((), ())), precision=precision, preferred_element_type=jnp.float32)
     return dx, dw.astype(w.dtype)

@@ -40,6 +40,7 @@ class Router(nnx.Module):
         if config.has_router_bias:
             self.bias = RouterBias(jnp.zeros((config.n_routed_experts,), jnp.float32))
 
+    @jax.named_scope("router")
     def __call__(self, x: Float[Array, "B T D"]) -> Routing:
         """Experts, gate values and affinities of every token."""
         config = self.config
@@ -86,6 +87,7 @@ def select_experts(biased_BTE: Float[Array, "B T E"], config: ModelConfig) -> In
     return lax.top_k(biased_BTE, config.num_experts_per_tok)[1]
 
 
+@jax.named_scope("router")
 def count_experts(experts: Int[Array, "*rows K"], n_experts: int) -> Int[Array, " E"]:
     """How many (token, slot) pairs each expert received."""
     return jnp.sum(experts.reshape(-1, 1) == jnp.arange(n_experts), axis=0, dtype=jnp.int32)

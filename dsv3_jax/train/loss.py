@@ -15,6 +15,7 @@ from dsv3_jax.nn.moe import BalanceLoss, MoEAux
 from pallas_kernels.precision import matmul_precision
 
 
+@jax.named_scope("loss")
 def cross_entropy(
     hidden: Float[Array, "M D"],
     head: Float[Array, "D V"],

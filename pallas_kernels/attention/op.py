@@ -1,5 +1,6 @@
 """``causal_attention``, and its two halves for layers with a gradient of their own; the choice of implementation."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -7,6 +8,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.attention import cudnn, xla
 
 
+@jax.named_scope("attend")
 def causal_attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BSNH: Float[Array, "B S J H"],
@@ -41,6 +43,7 @@ def causal_attention(
     return xla.causal_attention(q_BTNH, k_BSNH, v_BSNW, scale=scale, q_offset=jnp.asarray(q_offset))
 
 
+@jax.named_scope("attend")
 def attention_forward(
     q_BTNH: Float[Array, "B T N H"],
     k_BTNH: Float[Array, "B T J H"],
@@ -56,6 +59,7 @@ def attention_forward(
     return causal_attention(q_BTNH, k_BTNH, v_BTNW, scale=scale, implementation="xla"), None
 
 
+@jax.named_scope("attend")
 def attention_backward(
     q_BTNH: Float[Array, "B T N H"],
     k_BTNH: Float[Array, "B T J H"],

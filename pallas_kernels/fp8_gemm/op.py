@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -11,6 +12,7 @@ from pallas_kernels.fp8_gemm.reference import BLOCK
 from pallas_kernels.once import once
 
 
+@jax.named_scope("fp8_gemm")
 def fp8_gemm(
     q_MK: Float[Array, "M K"],
     sa_KM: Float[Array, "KB M"],
@@ -54,6 +56,7 @@ def fp8_gemm(
     return reference.fp8_gemm(q_MK, sa_KM, w_NK, sb_NK).astype(dtype)
 
 
+@jax.named_scope("fp8_gemm")
 def fp8_wgrad(
     x_KM: Float[Array, "K M"],
     sx_MK: Float[Array, "MB K"],

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -13,6 +14,7 @@ from pallas_kernels.grouped_fp8_gemm import pallas_sm90, reference
 from pallas_kernels.once import once
 
 
+@jax.named_scope("grouped_gemm")
 def grouped_fp8_gemm(
     q_MK: Float[Array, "M K"],
     sa_KM: Float[Array, "KB M"],
@@ -101,6 +103,7 @@ def masked_fp8_gemm(
     return reference.masked_fp8_gemm(q_GMK, sa_GKM, w_GNK, sb_GNK, counts_G).astype(dtype)
 
 
+@jax.named_scope("grouped_gemm")
 def grouped_fp8_wgrad(
     x_KM: Float[Array, "K M"],
     sx_MK: Float[Array, "MB K"],

@@ -10,6 +10,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.grouped_gemm import pallas_sm90, xla
 
 
+@jax.named_scope("grouped_gemm")
 def grouped_gemm(
     x_MK: Float[Array, "M K"],
     w_GKN: Float[Array, "G K N"],
@@ -49,6 +50,7 @@ def grouped_gemm(
     return _grouped_gemm(x_MK, w_GKN, group_of_block, num_blocks, block, chosen)
 
 
+@jax.named_scope("grouped_gemm")
 def grouped_gemm_backward(
     x_MK: Float[Array, "M K"],
     w_GKN: Float[Array, "G K N"],
@@ -96,7 +98,8 @@ def _choose(
 def _gemm(
     x: Array, w: Array, group_of_block: Array, num_blocks: Array, block: int, chosen: str, transpose_w: bool
 ) -> Array:
-    w = w.astype(x.dtype)
+    with jax.named_scope("cast"):
+        w = w.astype(x.dtype)
     if chosen == "pallas":
         return pallas_sm90.gemm(x, w, group_of_block, num_blocks, block=block, transpose_w=transpose_w)
     return xla.gemm(x, w, group_of_block, block=block, transpose_w=transpose_w)

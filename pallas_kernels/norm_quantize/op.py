@@ -13,6 +13,7 @@ from pallas_kernels.quantize.op import quantize_rows
 from pallas_kernels.quantize.reference import Tiles
 
 
+@jax.named_scope("quantizer")
 def norm_quantize(
     x_MK: Float[Array, "M K"],
     weight_K: Float[Array, " K"],

@@ -78,6 +78,7 @@ def _unpermute_bwd(saved: tuple[Array, Array, Plan], dout_TD: Array) -> tuple[Ar
 _unpermute.defvjp(_unpermute_fwd, _unpermute_bwd)
 
 
+@jax.named_scope("permute")
 def permute(x_TD: Float[Array, "T D"], plan: Plan) -> Float[Array, "M D"]:
     """Copies each token's row to the places of its K choices; padding rows are exactly zero.
 
@@ -91,6 +92,7 @@ def permute(x_TD: Float[Array, "T D"], plan: Plan) -> Float[Array, "M D"]:
     return _permute(x_TD, plan)
 
 
+@jax.named_scope("permute")
 def permute_tiles(tiles: Tiles, plan: Plan) -> Tiles:
     """The 1 x 128 tiles of :func:`permute`'s rows, from those of the tokens: ``q [M, D]``, ``scale [KB, M]``.
 
@@ -112,6 +114,7 @@ def permute_tiles(tiles: Tiles, plan: Plan) -> Tiles:
     return Tiles(lax.bitcast_convert_type(bytes_MD, tiles.q.dtype), scale_BM)
 
 
+@jax.named_scope("permute")
 def unpermute(y_MD: Float[Array, "M D"], weights_TK: Float[Array, "T K"] | None, plan: Plan) -> Float[Array, "T D"]:
     """``out[t] = sum_k weights[t, k] * y[row of (t, k)]``, summed in float32, in the dtype of ``y_MD``.
 
@@ -130,11 +133,13 @@ def unpermute(y_MD: Float[Array, "M D"], weights_TK: Float[Array, "T K"] | None,
     return _collect(y_MD, plan) if weights_TK is None else _unpermute(y_MD, weights_TK, plan)
 
 
+@jax.named_scope("permute")
 def pairs_to_rows(values_TK: Float[Array, "T K"], plan: Plan) -> Float[Array, " M"]:
     """One number of each (token, choice) at the place of its row; 0 for padding. It has no gradient."""
     return _take_rows(values_TK.reshape(-1), plan.pair_of_row_M)
 
 
+@jax.named_scope("permute")
 def rows_to_pairs(values_M: Float[Array, " M"], plan: Plan) -> Float[Array, "T K"]:
     """The way back of :func:`pairs_to_rows`, which is its transpose too; 0 for dropped choices."""
     return _take_rows(values_M, plan.row_of_pair_TK)

@@ -40,6 +40,7 @@ def without_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
     return opaque
 
 
+@jax.named_scope("quantizer")
 def _run(name: str, implementation: str, power_of_two: bool, *arrays: Array) -> Any:
     """The function ``name`` of the chosen module on ``arrays``."""
     why = pallas_sm90.obstacle(arrays[0], _DTYPES.get(name, _ACTIVATIONS))
