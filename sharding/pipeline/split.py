@@ -6,16 +6,20 @@ equations: those that the input's gradient needs run at once, the others when th
 Nothing is computed twice but reshapes and what comes from weights alone.
 """
 
+import collections
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import eval_jaxpr
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 _CALLS = {"jit": "jaxpr", "remat2": "jaxpr", "closed_call": "call_jaxpr"}
 """Primitives that are nothing but others, and the parameter that holds these."""
+
+_ADDS = ("add", "add_any")
 
 _FREE = ("reshape", "transpose", "squeeze", "broadcast_in_dim")
 """What is done again rather than kept beside its input."""
@@ -144,7 +148,7 @@ class _Cut:
         if isinstance(out, Literal):
             return []
         eqn = self._maker.get(out)
-        if eqn is None or self._is_early(out) or eqn.primitive.name not in ("add", "add_any"):
+        if eqn is None or self._is_early(out) or eqn.primitive.name not in _ADDS:
             return [out]
         return [term for part in eqn.invars for term in self._terms(part)]
 
@@ -174,16 +178,44 @@ def _without_calls(jaxpr: Jaxpr) -> Callable[..., Arrays]:
             arguments = [var.val if isinstance(var, Literal) else known[var] for var in eqn.invars]
             inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
             with eqn.ctx.manager:
-                found = run(inner, *arguments) if inner is not None else _bind(eqn, arguments)
+                found = run(inner, *arguments) if inner is not None else _summed_after(eqn, arguments)
             known |= dict(zip(eqn.outvars, found, strict=True))
         return [var.val if isinstance(var, Literal) else known[var] for var in jaxpr.outvars]
 
     return lambda *values: run(jaxpr, *values)
 
 
-def _bind(eqn: JaxprEqn, arguments: Arrays) -> Arrays:
-    found = eqn.primitive.bind(*arguments, **eqn.primitive.get_bind_params(eqn.params))
-    return found if eqn.primitive.multiple_results else [found]
+def _summed_after(eqn: JaxprEqn, arguments: Arrays) -> Arrays:
+    """An equation's results. A loop adds up from 0 what it does no more than add to, and what it would have started
+    from is added after it: so a weight gradient that goes into a loop can wait, although what the loop adds cannot."""
+    sums = _sums(eqn)
+    starts = [jnp.zeros_like(value) if i in sums else value for i, value in enumerate(arguments)]
+    found = eqn.primitive.bind(*starts, **eqn.primitive.get_bind_params(eqn.params))
+    found = list(found) if eqn.primitive.multiple_results else [found]
+    for place, out in sums.items():
+        found[out] = arguments[place] + found[out]
+    return found
+
+
+def _sums(eqn: JaxprEqn) -> dict[int, int]:
+    """Of a loop, the matrices that it only adds to: argument and result."""
+    known = eqn.params
+    if eqn.primitive.name == "while":
+        body, fixed, before, carried = known["body_jaxpr"], known["body_nconsts"], known["cond_nconsts"], eqn.outvars
+    elif eqn.primitive.name == "scan":
+        fixed, carry, _ = (len(part) for part in known["ft_in"].unpack())
+        body, fixed, before, carried = known["jaxpr"], fixed, 0, eqn.outvars[:carry]
+    else:
+        return {}
+    uses = collections.Counter(_variables([*body.outvars, *(var for one in body.eqns for var in one.invars)]))
+    maker = {var: one for one in body.eqns for var in one.outvars}
+    found = {}
+    for i, var in enumerate(body.invars[fixed : fixed + len(carried)]):
+        last = maker.get(body.outvars[i]) if isinstance(body.outvars[i], Var) else None
+        only = last is not None and last.primitive.name in _ADDS and var in _variables(last.invars) and uses[var] == 1
+        if only and len(_shapes([var])[0].shape) > 1:
+            found[before + fixed + i] = i
+    return found
 
 
 def _needed(eqns: Sequence[Any], outputs: Iterable[Any]) -> list[Any]:
