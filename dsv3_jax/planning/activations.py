@@ -34,6 +34,8 @@ class Work:
     """cuDNN's attention, which keeps the softmax's sums; the portable form in chunks keeps none (tests)."""
     unroll: bool = False
     """Whether XLA sees all layers at once, both ways."""
+    fp8: bool = False
+    """Whether linear layers keep 8 bits a value: tiles of their inputs."""
 
 
 def kept_by_block(model: ModelConfig, work: Work, remat: str, *, moe: bool) -> Tensors:
@@ -50,12 +52,12 @@ def kept_by_block(model: ModelConfig, work: Work, remat: str, *, moe: bool) -> T
         return {"block input": per_token * model.hidden_size}
     if remat == "paper":
         return {"block input": per_token * model.hidden_size} | _named(model, work, moe=moe)
-    kept = {"norms": _norm(model.hidden_size, work)} | _attention(model, work)
+    kept = {"norms": _input_norm(model.hidden_size, work)} | _attention(model, work)
     kept |= _experts(model, work) if moe else _dense(model, work)
     if moe and work.unroll:
         # The backward pass sorts them again; XLA finds both in one program and sorts once.
         _, rows = rows_of_experts(model, work)
-        kept["experts' rows"] = rows * model.hidden_size * work.element
+        kept["experts' rows"] = _input(rows, model.hidden_size, work)
     return kept
 
 
@@ -114,7 +116,7 @@ def _named(model: ModelConfig, work: Work, *, moe: bool) -> Tensors:
     """What carries one of the names that the paper's set keeps."""
     per_token = work.tokens * work.element
     kept = {
-        "attention": per_token * model.num_attention_heads * model.value_head_dim,
+        "attention": _attended(model, work),
         "residual": per_token * model.hidden_size,
     }
     if model.attention == "mla":
@@ -123,8 +125,10 @@ def _named(model: ModelConfig, work: Work, *, moe: bool) -> Tensors:
         return kept | {"gate_up": per_token * 2 * model.intermediate_size}
     _, rows = rows_of_experts(model, work)
     width = model.moe_intermediate_size
-    kept["experts' gate_up"] = rows * 2 * width * work.element
-    kept["shared experts' gate_up"] = per_token * 2 * model.n_shared_experts * width
+    # In FP8 with what the down projection reads.
+    hidden = 3 if work.fp8 else 2
+    kept["experts' gate_up"] = _input(rows, hidden * width, work)
+    kept["shared experts' gate_up"] = _input(work.tokens, hidden * model.n_shared_experts * width, work)
     return kept | {"rows from other devices": sum(hop.arrived for hop in _hops(model, work))}
 
 
@@ -133,27 +137,43 @@ def _norm(width: int, work: Work) -> int:
     return work.tokens * (2 * width * work.element + 4)
 
 
+def _input(rows: int, width: int, work: Work) -> int:
+    """What a linear layer reads; in FP8 a byte a value and a float32 scale for each 128."""
+    return rows * width + rows * 4 * math.ceil(width / 128) if work.fp8 else rows * width * work.element
+
+
+def _input_norm(width: int, work: Work) -> int:
+    """A norm before linear layers: in FP8 its input and its output's tiles."""
+    return work.tokens * width * work.element + _input(work.tokens, width, work) if work.fp8 else _norm(width, work)
+
+
+def _attended(model: ModelConfig, work: Work) -> int:
+    """Attention's output; in FP8 steps 12 bits a value (E5M6)."""
+    numbers = work.tokens * model.num_attention_heads * model.value_head_dim
+    return numbers * 3 // 2 + numbers // 32 if work.fp8 else numbers * work.element
+
+
 def _attention(model: ModelConfig, work: Work) -> Tensors:
     per_token, heads, kv_heads = work.tokens * work.element, model.num_attention_heads, model.num_key_value_heads
     query, value = model.qk_head_dim, model.value_head_dim
     kept = {
         "q, k, v": per_token * ((heads + kv_heads) * query + kv_heads * value),
-        "attention": per_token * heads * value + (work.tokens * heads * 4 if work.fused_attention else 0),
+        "attention": _attended(model, work) + (work.tokens * heads * 4 if work.fused_attention else 0),
     }
     if model.attention == "mla":
-        queries = _norm(model.q_lora_rank, work) if model.q_lora_rank else 0
-        kept["latent norms"] = queries + _norm(model.kv_lora_rank, work)
+        queries = _input_norm(model.q_lora_rank, work) if model.q_lora_rank else 0
+        kept["latent norms"] = queries + _input_norm(model.kv_lora_rank, work)
     return kept
 
 
 def _swiglu(rows: int, width: int, work: Work) -> int:
-    """Gate, up and their product."""
-    return 3 * rows * width * work.element
+    """Gate, up and their product, which a linear layer reads."""
+    return 2 * rows * width * work.element + _input(rows, width, work)
 
 
 def _dense(model: ModelConfig, work: Work) -> Tensors:
     return {
-        "ffn norm": _norm(model.hidden_size, work),
+        "ffn norm": _input_norm(model.hidden_size, work),
         "swiglu": _swiglu(work.tokens, model.intermediate_size, work),
     }
 
@@ -174,14 +194,16 @@ def _experts(model: ModelConfig, work: Work) -> Tensors:
         "ffn norm": _norm(d, work),
         "router": router,
         "plan": 4 * (local + rows // work.block + rows + held * columns + 1),
-        "experts' tokens": held * (d * work.element + (4 * columns if work.placement.size > 1 else 0)),
-        "experts' gate_up": rows * 2 * width * work.element,
+        "experts' tokens": _input(held, d, work) + (4 * held * columns if work.placement.size > 1 else 0),
+        "experts' gate_up": _input(rows, 2 * width, work),
     }
     if work.placement.size > 1:
         ring = tokens * (d * work.element + 8 * chosen) if work.placement.transport == "ring" else 0
         kept["exchanges"] = ring + sum(hop.without_remat for hop in _hops(model, work))
     if model.n_shared_experts:
-        kept["shared experts' swiglu"] = _swiglu(tokens, model.n_shared_experts * width, work)
+        shared = model.n_shared_experts * width
+        # An FP8 network makes the product again.
+        kept["shared experts' swiglu"] = _input(tokens, 2 * shared, work) if work.fp8 else _swiglu(tokens, shared, work)
     return kept
 
 

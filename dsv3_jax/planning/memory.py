@@ -58,6 +58,23 @@ class MemoryPlan:
         """Both."""
         return self.arguments + self.temporaries
 
+    @property
+    def table(self) -> Tensors:
+        """:attr:`total` in six rows: ``parameters`` (as the products read them), ``masters``, ``moments``,
+        ``gradients``, ``activations`` (kept for the backward pass), ``workspace`` (all else)."""
+
+        def part(*beginnings: str) -> int:
+            return sum(size for name, size in (self.state | self.step).items() if name.startswith(beginnings))
+
+        rows = {
+            "parameters": part("gathered weights", "weights, cast"),
+            "masters": part("masters"),
+            "moments": part("moments"),
+            "gradients": part("gradients of a micro-batch", "gradients in shares") + self.step.get("gradients", 0),
+            "activations": part("activations of", "weight gradients put off"),
+        }
+        return rows | {"workspace": self.total - sum(rows.values())}
+
 
 def plan_memory(config: Config, *, schedule: Schedule | None = None, gpu: bool = True) -> MemoryPlan:
     """What one device holds when ``config`` trains on its mesh.
@@ -88,6 +105,7 @@ def plan_memory(config: Config, *, schedule: Schedule | None = None, gpu: bool =
         sequence_balance=config.loss.sequence_balance > 0,
         fused_attention=gpu and train.precision != "fp32",
         unroll=train.unroll,
+        fp8=train.precision == "fp8",
     )
     try:
         return _plan(config, sizes, work, per_device // sequences, schedule or mesh.schedule)
@@ -187,16 +205,18 @@ def _plan(config: Config, sizes: dict[str, int], work: Work, micro_batches: int,
         "gradients": 4 * weights.whole,
         "gradients of a micro-batch": 4 * pass_ if micro_batches > 1 else 0,
     }
+    # FP8 has a byte a number in each orientation, made once a step.
+    cast = {"weights, cast": 2 * weights.cast if train.unroll or train.precision == "fp8" else 0}
     step = {"gathered weights": _held(weights, sizes)}
     if train.unroll:
         # Of several micro-batches the sum of gradients is carried along, their own come layer by layer.
         carried = {"gradients": whole["gradients"]} if micro_batches > 1 else {}
         made = {"gradients of a micro-batch": 4 * pass_} if micro_batches > 1 else {"gradients": 4 * pass_}
-        step |= {"weights, cast": 2 * weights.cast, **carried}
+        step |= cast | carried
         step |= max(backward, made | _layer_at_work(config, work), carried | update, key=_size)
         step = dict.fromkeys(("gathered weights", "gradients"), 0) | step
     else:
-        step |= whole | max(backward, update, key=_size)
+        step |= cast | whole | max(backward, update, key=_size)
     return MemoryPlan(sizes, work.tokens, micro_batches, train.remat, state, step, kept)
 
 
