@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dsv3_jax.cli.compile_cache import keep_compiled
 from dsv3_jax.cli.overrides import parse_config
@@ -21,6 +22,8 @@ class Options:
     """Steps that are timed."""
     warmup: int = 4
     """Steps before them."""
+    profiled: int = 3
+    """Further steps under the profiler, for the table of where a step goes; 0 leaves it out."""
     json: str = ""
     """File that the figures are written to as one JSON object; '-' prints the object alone."""
     compile_cache: str = ""
@@ -44,16 +47,22 @@ def run(argv: Sequence[str]) -> int:
         )
     if not words:
         raise ConfigError("name what to measure, as in `dsv3 bench train bench_3b` or `dsv3 bench kernels`")
-    description = "Time the training step on random tokens: compile seconds, median step, tokens/s, FLOP/s, memory."
+    description = (
+        "Time the training step on random tokens: compile seconds, median step, tokens/s, FLOP/s; where its time goes, "
+        "and where its memory."
+    )
     rest = words[1:] if words[0] == "train" else words
     config, options = parse_config("dsv3 bench train", rest, description, Options)
     if options.steps < 1 or options.warmup < 1:
         raise ConfigError(f"--steps = {options.steps} and --warmup = {options.warmup} must be at least 1")
+    if options.profiled < 0:
+        raise ConfigError(f"--profiled = {options.profiled} must not be negative")
     apply_gpu_flags(os.environ, config.mesh.pipe * config.mesh.expert * config.mesh.data)
     import jax
 
     from dsv3_jax.train.bench import bench_step
     from dsv3_jax.train.step import out_of_memory
+    from dsv3_jax.train.step_table import as_text
 
     keep_compiled(options.compile_cache)
     try:
@@ -61,6 +70,7 @@ def run(argv: Sequence[str]) -> int:
             config,
             steps=options.steps,
             warmup=options.warmup,
+            profiled=options.profiled,
             say=lambda line: print(line, file=sys.stderr, flush=True),
         )
     except jax.errors.JaxRuntimeError as error:
@@ -76,7 +86,23 @@ def run(argv: Sequence[str]) -> int:
         with open(options.json, "w", encoding="utf-8") as file:
             file.write(text + "\n")
     _print_table(dataclasses.asdict(result))
+    print(memory_text(result))
+    if result.where is not None:
+        print(f"\n{as_text(result.where)}")
     return 0
+
+
+def memory_text(result: Any) -> str:
+    """The plan's rows, their sum, and what that is beside the measured peak."""
+    lines = [f"\n{'memory of one device':<20} {'GiB':>8}"]
+    lines += [f"{name:<20} {size:>8.2f}" for name, size in result.memory_gib.items()]
+    lines.append(f"{'sum, planned':<20} {result.planned_memory_gib:>8.2f}")
+    if result.compiled_memory_gib:
+        lines.append(f"{'compiled program':<20} {result.compiled_memory_gib:>8.2f}")
+    if result.peak_memory_gib:
+        share = result.planned_memory_gib / result.peak_memory_gib
+        lines.append(f"{'measured peak':<20} {result.peak_memory_gib:>8.2f}   the plan is {share:.1%} of it")
+    return "\n".join(lines)
 
 
 def _print_table(facts: dict[str, object]) -> None:
@@ -87,7 +113,7 @@ def _print_table(facts: dict[str, object]) -> None:
     table.add_column("measure")
     table.add_column("value", justify="right")
     for name, value in facts.items():
-        if name not in ("preset", "device", "devices"):
+        if name not in ("preset", "device", "devices", "where", "memory_gib"):
             table.add_row(name.replace("_", " "), _text(value))
     Console().print(table)
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "convert": "bring weights in and out: Hugging Face folders, our checkpoints, PyTorch files",
     "plan": "predict what a device will hold on a mesh, or compare and draw the schedules of a pipeline",
     "info": "print a preset's parameters, FLOPs and cache bytes per token",
+    "profile": "record a trace of training steps, and where their time goes",
     "bench": "measure a training step, the kernels, or the loss in several precisions",
 }
 

@@ -3,18 +3,22 @@
 import dataclasses
 import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from dsv3_jax.config import Config
 from dsv3_jax.planning import count_parameters, flops_per_token
 from dsv3_jax.planning.devices import peak_flops
+from dsv3_jax.planning.memory import plan_memory
+from dsv3_jax.train.profile import compile_step, profile_steps, random_batches
 from dsv3_jax.train.state import config_mesh, init_state
 from dsv3_jax.train.step import make_train_step
+from dsv3_jax.train.step_table import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,28 +57,39 @@ class StepBench:
     """The allocator's own figure, one device; on a CPU, what XLA planned for the step."""
     loss_first: float
     loss_last: float
+    memory_gib: dict[str, float]
+    """The plan's six rows (:attr:`~dsv3_jax.planning.memory.MemoryPlan.table`), which sum to ``planned_memory_gib``."""
+    planned_memory_gib: float
+    compiled_memory_gib: float | None
+    """What XLA planned: arguments and temporaries."""
+    where: list[Row] | None
+    """Where one step's time goes; None where no steps were profiled."""
 
 
-def bench_step(config: Config, *, steps: int = 12, warmup: int = 4, say: Callable[[str], None] = print) -> StepBench:
+def bench_step(
+    config: Config,
+    *,
+    steps: int = 12,
+    warmup: int = 4,
+    profiled: int = 0,
+    say: Callable[[str], None] = print,
+) -> StepBench:
     """Time ``steps`` training steps after ``warmup`` ones, on four batches of uniform random tokens, cycled.
 
-    The loss of the batches must fall while they repeat: both ends are in the result.
+    The loss of the batches must fall while they repeat: both ends are in the result. Afterwards ``profiled`` steps go
+    under the profiler; on a GPU these are compiled again, without command buffers.
     """
     mesh = config_mesh(config)
     train, model = config.train, config.model
     state, step = init_state(config, mesh), make_train_step(config, mesh)
-    draw = np.random.default_rng(train.seed)
-    shape = (train.batch_size, train.seq_len + 1)
-    batches = [draw.integers(0, model.vocab_size, shape, dtype=np.int32) for _ in range(4)]
+    batches = random_batches(config)
     jax.block_until_ready(state.params)
     say(f"{config.name}: {count_parameters(model).trainable:,} parameters; compiling")
     begin = time.perf_counter()
-    arguments, _ = step.arguments(state, batches[0])
-    compiled = step.jitted.lower(*arguments).compile()
+    step.jitted = compiled = compile_step(step, state, batches[0])
     compile_seconds = time.perf_counter() - begin
     planned = compiled.memory_analysis()
     say(f"compiled in {compile_seconds:.1f} s")
-    step.jitted = compiled
     ends, waiting, losses = [], [], []
     for i in range(warmup + steps + 1):
         if i < warmup + steps:
@@ -91,7 +106,14 @@ def bench_step(config: Config, *, steps: int = 12, warmup: int = 4, say: Callabl
     per_token = flops_per_token(model, train.seq_len, mtp=model.num_nextn_predict_layers > 0)
     device = jax.devices()[0]
     flops = per_token * tokens / median / mesh.size
-    peak = peak_flops(device.device_kind)
+    peak, measured_peak = peak_flops(device.device_kind), _peak_memory(device, planned)
+    plan, where = plan_memory(config, gpu=device.platform == "gpu"), None
+    if profiled:
+        say(f"profiling {profiled} steps")
+        if device.platform == "gpu":
+            step.jitted = compile_step(step, state, batches[0], for_trace=True)
+        with tempfile.TemporaryDirectory() as folder:
+            where = profile_steps(step, state, Path(folder), steps=profiled)[0].rows
     return StepBench(
         preset=config.name,
         device=device.device_kind,
@@ -112,16 +134,22 @@ def bench_step(config: Config, *, steps: int = 12, warmup: int = 4, say: Callabl
         gflop_per_token=per_token / 1e9,
         model_tflops=flops / 1e12,
         mfu=flops / peak if peak else None,
-        peak_memory_gib=_peak_memory(device, planned),
+        peak_memory_gib=measured_peak,
         loss_first=losses[0],
         loss_last=losses[-1],
+        memory_gib={name: size / 2**30 for name, size in plan.table.items()},
+        planned_memory_gib=plan.total / 2**30,
+        compiled_memory_gib=_compiled(planned),
+        where=where,
     )
 
 
 def _peak_memory(device: Any, planned: Any) -> float | None:
     stats = device.memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"] / 2**30
+    return stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else _compiled(planned)
+
+
+def _compiled(planned: Any) -> float | None:
     if planned is None:
         return None
     total = planned.argument_size_in_bytes + planned.temp_size_in_bytes + planned.output_size_in_bytes

@@ -141,9 +141,7 @@ def tabulate(
 
 def as_text(rows: Iterable[Row]) -> str:
     """The table for people."""
-    heading = (
-        f"{'where a step goes':<20} {'ms':>9} {'share':>7} {'TFLOP/s':>9} {'of peak':>8} {'GB/s':>8} {'of peak':>8}"
-    )
+    heading = f"{'kind of work':<20} {'ms':>9} {'share':>7} {'TFLOP/s':>9} {'of peak':>8} {'GB/s':>8} {'of peak':>8}"
     lines = [heading]
     for row in rows:
         parts = [f"{row.kind:<20} {row.milliseconds:>9.2f} {row.share:>7.1%}"]
