@@ -1,4 +1,4 @@
-"""``dsv3 bench train PRESET``: a training step measured; ``precision PRESET``: losses compared; ``kernels``."""
+"""``dsv3 bench train PRESET``: a training step measured; ``decode``: the engine; ``precision``: losses; ``kernels``."""
 
 import dataclasses
 import json
@@ -41,10 +41,13 @@ def run(argv: Sequence[str]) -> int:
         from dsv3_jax.cli import bench_precision
 
         return bench_precision.run(words[1:])
+    if words and words[0] == "decode":
+        from dsv3_jax.cli import bench_decode
+
+        return bench_decode.run(words[1:])
     if words and words[0] not in ("train", "-h", "--help"):
-        raise ConfigError(
-            f"dsv3 bench {words[0]!r} is not known; there are `train PRESET`, `precision PRESET` and `kernels`"
-        )
+        known = "`train PRESET`, `decode PRESET`, `precision PRESET` and `kernels`"
+        raise ConfigError(f"dsv3 bench {words[0]!r} is not known; there are {known}")
     if not words:
         raise ConfigError("name what to measure, as in `dsv3 bench train bench_3b` or `dsv3 bench kernels`")
     description = (

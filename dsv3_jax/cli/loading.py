@@ -21,9 +21,9 @@ class Loading:
     """Checkpoint of that step; -1 is the newest."""
     weights: Literal["params", "ema", "best"] = "params"
     """As trained, their moving average, or those with the lowest validation."""
-    precision: Literal["run", "fp32", "bf16"] = "run"
-    """Type of activations and cache; run is what the model was trained in (bf16 after fp8), fp32 for a Hugging Face
-    folder."""
+    precision: Literal["run", "fp32", "bf16", "fp8"] = "run"
+    """Type of parameters, activations and cache; run is what the model was trained in (bf16 after fp8), fp32 for a
+    Hugging Face folder; fp8 is bf16 with the weights that are stored in FP8 left so."""
     max_batch: int = 32
     """Sequences that run side by side."""
     max_tokens: int = 0
@@ -56,7 +56,10 @@ def load(options: Loading) -> Loaded | None:
 
     try:
         model, config, tokenizer = from_pretrained(
-            options.checkpoint, step=None if options.step == -1 else options.step, weights=options.weights
+            options.checkpoint,
+            dtype="fp32" if options.precision == "run" else options.precision,
+            step=None if options.step == -1 else options.step,
+            weights=options.weights,
         )
     except CheckpointError as error:
         print(f"dsv3: error: {error}", file=sys.stderr)

@@ -1,22 +1,26 @@
 """``from_pretrained`` and ``save_pretrained``: a model from a folder and into one."""
 
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.interop.block_fp8 import E4M3
 from dsv3_jax.interop.checkpoint_choice import Weights
 from dsv3_jax.interop.convert import Options, check_destination, write_weights
 from dsv3_jax.interop.folder_files import tokenizer_texts
 from dsv3_jax.interop.hf_config import WeightsDtype
 from dsv3_jax.interop.leaves import Placement, load_leaves
-from dsv3_jax.interop.names import leaf_shapes, tensors
+from dsv3_jax.interop.names import leaf_shapes, scale_leaf, tensors
 from dsv3_jax.interop.opened import Opened, open_weights
 from dsv3_jax.interop.source import TreeSource
 from dsv3_jax.model import DeepSeekV3, Tree, abstract_model, merge_model, split_model
+from dsv3_jax.nn.fp8_stored import stored
 
 
 class Pretrained(NamedTuple):
@@ -32,7 +36,7 @@ class Pretrained(NamedTuple):
 def from_pretrained(
     path: str | Path,
     *,
-    dtype: Literal["fp32", "bf16"] = "fp32",
+    dtype: Literal["fp32", "bf16", "fp8"] = "fp32",
     step: int | None = None,
     weights: Weights = "params",
     placement: Placement | None = None,
@@ -44,6 +48,8 @@ def from_pretrained(
         path: Hugging Face folder (V3, R1 and what shares their ``model_type``, V2, V2-Lite, DeepSeekMoE, llama layout;
             float32, bfloat16, float16 or block FP8), run folder, or one checkpoint of a run.
         dtype: type of the parameters; FP8 is multiplied out in float32 and then cast. Selection biases stay float32.
+            With ``fp8`` what is stored in FP8 stays so, for inference: products read the codes, activations are
+            quantized in their turn (spec 11.1), and the rest is bfloat16.
         step: of a run, the checkpoint to read; None is the newest.
         weights: of a run: ``params`` as trained, ``ema`` their moving average, ``best`` those of the checkpoint with
             the lowest validation.
@@ -57,10 +63,12 @@ def from_pretrained(
         CheckpointError: a checkpoint of ours is damaged.
     """
     with open_weights(Path(path), step=step, weights=weights, allow_pickle=allow_pickle) as opened:
-        leaves = load_leaves(opened, dtype=dtype, placement=placement, weights=weights)
+        leaves: Any = load_leaves(opened, dtype=dtype, placement=placement, weights=weights)
         text = opened.texts.get("tokenizer.json")
         tokenizer = None if text is None else Tokenizer(text, str(opened.path / "tokenizer.json"))
     graph, params, bias = split_model(abstract_model(opened.model))
+    if dtype == "fp8":
+        leaves = _kept_in_fp8(leaves, opened)
     filled = _filled({"params": params, "router_bias": bias}, leaves)
     return Pretrained(merge_model(graph, filled["params"], filled["router_bias"]), opened.config, tokenizer)
 
@@ -140,10 +148,28 @@ def _by_path(tree: Tree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
 
 
-def _filled(tree: Tree, leaves: dict[str, jax.Array]) -> Tree:
+def _filled(tree: Tree, leaves: Mapping[str, Any]) -> Tree:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: leaves[jax.tree_util.keystr(path, simple=True, separator="/")], tree
     )
+
+
+def _kept_in_fp8(leaves: dict[str, jax.Array], opened: Opened) -> dict[str, Any]:
+    """Codes with their scales as the layers read them; biases of routers in float32."""
+    found: dict[str, Any] = {}
+    for leaf in sorted(leaves.keys() - {name for name in leaves if name.startswith("scale_inv/")}):
+        if leaf.startswith("router_bias/"):
+            found[leaf] = leaves[leaf].astype(jnp.float32)
+        elif leaves[leaf].dtype == E4M3:
+            try:
+                found[leaf] = stored(leaves.pop(leaf), leaves[scale_leaf(leaf)])
+            except ValueError as error:
+                raise ConfigError(
+                    f"dtype = 'fp8': {leaf} of {opened.path} is of parts that are no multiple of 128 wide; take 'bf16'"
+                ) from error
+        else:
+            found[leaf] = leaves[leaf]
+    return found
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -12,6 +12,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.nn.attention import attend_and_project
 from dsv3_jax.nn.cache import LayerCache, read_cache, write_cache
 from dsv3_jax.nn.fp8 import Quantized
+from dsv3_jax.nn.fp8_stored import StoredFP8
 from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.norm import RMSNorm
 from dsv3_jax.nn.rope import rotate, rotation, softmax_scale
@@ -119,7 +120,9 @@ class MLA(nnx.Module):
         """Scores against the latents themselves: the up-projections move to the query and the output (spec 4.5)."""
         config, dtype, pages = self.config, q_BTNU.dtype, cache.pages
         einsum = functools.partial(jnp.einsum, precision=matmul_precision(dtype))
-        up_CNX = self.kv_up.kernel[...].astype(dtype).reshape(config.kv_lora_rank, config.num_attention_heads, -1)
+        kernel = self.kv_up.kernel.get_value()
+        up = kernel.dequantized(dtype) if isinstance(kernel, StoredFP8) else kernel.astype(dtype)
+        up_CNX = up.reshape(config.kv_lora_rank, config.num_attention_heads, -1)
         k_up_CNU, v_up_CNW = jnp.split(up_CNX, [config.qk_nope_head_dim], axis=-1)
         z_BTNC = paged_attention(
             einsum("btnu,cnu->btnc", q_BTNU, k_up_CNU),

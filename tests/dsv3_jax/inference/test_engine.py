@@ -3,48 +3,14 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.inference import Engine, EngineOptions, Sampling, programs
-from dsv3_jax.model import merge_model
 
-# One shape of everything, so that few programs are compiled.
-OPTIONS = EngineOptions(
-    least_batch=4, max_batch=4, max_tokens=64, cache_tokens=96, page_size=4, token_budget=20, chunk=8, turns=3, drafts=2
-)
 PROMPTS = [[5, 17, 3], [11], list(range(40, 60)), [8, 8, 90, 2, 61, 33, 7], [70] * 9, list(range(30, 57))]
-NEW = 20
-
-
-@pytest.fixture(scope="module")
-def model(toy, drawn_parts):
-    """A model whose MTP module is often right: blocks add little to the embedding, and the module passes it on."""
-    config = toy(
-        vocab_size=300,
-        num_hidden_layers=1,
-        first_k_dense_replace=0,
-        num_nextn_predict_layers=1,
-        max_position_embeddings=64,
-    )
-    graph, params, bias = drawn_parts(config)
-
-    def leaf(path, value):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name.endswith(("out/kernel", "down/kernel", "moe/down")):
-            return value * 0.1
-        if name.endswith("project/kernel"):
-            return jnp.eye(*value.shape) + 0.03 * value
-        return jnp.ones_like(value) if "norm" in name else value
-
-    return merge_model(graph, jax.tree_util.tree_map_with_path(leaf, params), bias)
-
-
-@pytest.fixture(scope="module")
-def engine_of(model, tokenizer):
-    return lambda **changes: Engine(model, tokenizer, dataclasses.replace(OPTIONS, **changes))
+NEW = 30
 
 
 def finish(engine, requests):
@@ -66,10 +32,10 @@ WARM = [(prompt, Sampling(NEW, temperature=0.6, seed=row, stop_tokens=())) for r
 
 
 @pytest.fixture(scope="module")
-def forward(model):
-    """``tokens [64] -> logits`` without a cache."""
-    compute = jax.jit(lambda tokens: model(tokens)[0])
-    return lambda tokens: np.asarray(compute(np.pad(np.array(tokens, np.int32), (0, 64 - len(tokens)))[None]))
+def forward(engine_model):
+    """``tokens [128] -> logits`` without a cache."""
+    compute = jax.jit(lambda tokens: engine_model(tokens)[0])
+    return lambda tokens: np.asarray(compute(np.pad(np.array(tokens, np.int32), (0, 128 - len(tokens)))[None]))
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +63,6 @@ def test_side_by_side_drafted_and_set_aside_the_text_is_that_of_recomputation(en
     assert counts.written_tokens == len(PROMPTS) * NEW
     assert counts.finished == {"stop": 0, "length": len(PROMPTS), "cancelled": 0}
     assert one_by_one(engine_of, greedy()) == expected
-
-
-def test_without_drafts_it_is_the_same_text(engine_of, expected):
-    engine = engine_of(drafts=0)
-    assert finish(engine, greedy()) == expected
-    assert engine.counts.proposed == 0
 
 
 def test_drawn_text_depends_on_its_seed_alone(engine_of):
@@ -194,7 +154,7 @@ def test_a_stop_token_and_a_stop_text_end_a_text_and_are_left_out(engine_of, exp
 
 def test_a_text_ends_where_the_engines_sequences_end(engine_of):
     engine = engine_of()
-    sequence = engine.add([7] * 60, Sampling(NEW, stop_tokens=()))
+    sequence = engine.add([7] * 124, Sampling(NEW, stop_tokens=()))
     engine.run()
     assert (len(sequence.new), sequence.finish) == (4, "length")
 
@@ -218,8 +178,8 @@ def test_cancelled_requests_leave_nothing_behind_and_change_nothing(engine_of, e
     ("changes", "told"),
     [
         ({"max_batch": 0}, "max_batch = 0"),
-        ({"max_tokens": 65}, "max_tokens = 65 must be between 2 and model.max_position_embeddings = 64"),
-        ({"cache_tokens": 63}, "cache_tokens = 63 must hold one sequence"),
+        ({"max_tokens": 129}, "max_tokens = 129 must be between 2 and model.max_position_embeddings = 128"),
+        ({"cache_tokens": 127}, "cache_tokens = 127 must hold one sequence"),
         ({"token_budget": 4}, "token_budget = 4 must be greater than max_batch = 4"),
         ({"drafts": -1}, "drafts = -1"),
     ],
@@ -240,7 +200,7 @@ def test_drafts_without_an_mtp_module_are_one_line(toy, drawn_model):
     [
         ([], {}, "the prompt is empty"),
         ([300], {}, "token 300"),
-        ([1] * 64, {}, "the prompt has 64 tokens"),
+        ([1] * 128, {}, "the prompt has 128 tokens"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens = 0"),
         ([1], {"min_p": 1.5}, "min_p = 1.5"),
         ([1], {"top_k": -1}, "top_k = -1"),

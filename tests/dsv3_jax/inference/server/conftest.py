@@ -1,4 +1,4 @@
-"""A server of a model of one small layer, on a port of this machine."""
+"""A server of the engine that all tests share, on a port of this machine."""
 
 import contextlib
 import threading
@@ -6,26 +6,6 @@ import time
 import types
 
 import pytest
-
-CHAT = [{"role": "user", "content": "def add(a, b):"}]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick(quick_compilation):
-    pass
-
-
-@pytest.fixture(scope="session")
-def engine_of(toy, drawn_model, tokenizer):
-    """``(**changes) -> Engine``, all of one shape."""
-    import dataclasses
-
-    from dsv3_jax.inference import Engine, EngineOptions
-
-    config = toy(vocab_size=300, num_hidden_layers=1, n_routed_experts=0, max_position_embeddings=128)
-    model = drawn_model(config)
-    options = EngineOptions(least_batch=4, max_batch=4, page_size=8, token_budget=64, chunk=32, turns=4)
-    return lambda **changes: Engine(model, tokenizer, dataclasses.replace(options, **changes))
 
 
 @pytest.fixture(scope="module")

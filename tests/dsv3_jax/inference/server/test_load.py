@@ -145,9 +145,9 @@ def load(running, expected, seconds):
     return {what: sum(one[what] for one in done) for what in done[0]}
 
 
-def under_load(served, settled, engine_of, expected, seconds):
-    # A cache of a third of what four long sequences take: some are set aside.
-    with served(engine_of(cache_tokens=160), max_body=65_536, max_waiting=40) as running:
+def under_load(served, settled, expected, seconds):
+    # Its cache holds a quarter of what four long sequences take: some are set aside.
+    with served(max_body=65_536, max_waiting=40) as running:
         running.engine.runner.compile()
         yield load(running, expected, seconds / 3)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -159,20 +159,20 @@ def under_load(served, settled, engine_of, expected, seconds):
         assert answer.choices[0].text == expected[PROMPTS[1], 9]
 
 
-def check(served, settled, engine_of, expected, seconds):
-    first, then, growth = under_load(served, settled, engine_of, expected, seconds)
+def check(served, settled, expected, seconds):
+    first, then, growth = under_load(served, settled, expected, seconds)
     done = {what: first[what] + then[what] for what in first}
     assert all(done.values()), done
     return done, growth
 
 
-def test_a_few_seconds_of_it(served, settled, engine_of, expected):
-    check(served, settled, engine_of, expected, 6)
+def test_a_few_seconds_of_it(served, settled, expected):
+    check(served, settled, expected, 6)
 
 
 @pytest.mark.slow
-def test_ten_minutes_of_it_in_flat_memory(served, settled, engine_of, expected):
-    done, growth = check(served, settled, engine_of, expected, 600)
+def test_ten_minutes_of_it_in_flat_memory(served, settled, expected):
+    done, growth = check(served, settled, expected, 600)
     print(done, f"memory grew {growth:.3f} times")
     assert growth < 1.05
     assert done["right"] > 2000
