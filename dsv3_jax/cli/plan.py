@@ -57,8 +57,8 @@ def describe_memory(config: Config, options: Options) -> dict[str, Any]:
     """The facts that ``--json`` prints, in bytes of one device.
 
     ``state`` and ``step`` are components of ``arguments`` and ``temporaries``, which sum to ``total``; ``kept`` is what
-    one layer of each kind keeps of one micro-batch. ``device`` and ``fits`` are null where the device is not known;
-    ``remedy`` is null but where it does not fit.
+    one layer of each kind keeps of one micro-batch; ``host`` is in host memory, for each device. ``device`` and
+    ``fits`` are null where the device is not known; ``remedy`` is null but where it does not fit.
     """
     plan = plan_memory(config)
     cluster = load_cluster(config.mesh.cluster) if config.mesh.cluster else None
@@ -78,6 +78,7 @@ def describe_memory(config: Config, options: Options) -> dict[str, Any]:
         "state": plan.state,
         "step": plan.step,
         "kept": plan.kept,
+        "host": plan.host,
         "arguments": plan.arguments,
         "temporaries": plan.temporaries,
         "total": plan.total,
@@ -122,5 +123,8 @@ def _print_memory(facts: dict[str, Any]) -> None:
     for kind, tensors in facts["kept"].items():
         parts = ", ".join(f"{name} {count / 1e6:,.1f}" for name, count in tensors.items() if count)
         say(f"kept by one {kind} layer for one micro-batch, MB: {parts}")
+    if any(facts["host"].values()):
+        parts = ", ".join(f"{name} {count / 1e9:,.3f}" for name, count in facts["host"].items())
+        say(f"in host memory for each device, GB: {parts}")
     if facts["device"]:
         say(facts["remedy"] or f"fits: {facts['total'] / 1e9:,.1f} GB on a device of {facts['device'] / 1e9:,.1f} GB")

@@ -190,7 +190,11 @@ class TrainConfig:
     """Tokens whose float32 logits exist at one time."""
     seed: int = 0
     ema_decay: float = 0.0
-    """Decay of the moving average of parameters; 0 keeps none (decay UNCONFIRMED in the paper)."""
+    """Decay of the moving average of parameters, which is kept in host memory; 0 keeps none (decay UNCONFIRMED in the
+    paper)."""
+    ema_every: int = 1
+    """Steps between two updates of the moving average, each with ``ema_decay ** ema_every``: more than 1 where the host
+    cannot keep up with every step, which the run says."""
     log_every: int = 10
     """Steps between two readings of the metrics by the host. Every step is written to metrics.jsonl all the same."""
     eval_every: int = 100
@@ -276,8 +280,8 @@ class MeshConfig:
     """How tokens get to experts on other devices; see ``sharding.expert_parallel.ExpertParallel``."""
     capacity: float = 2.0
     """Room of ``counted`` and ``two_hop`` in one round, over the balanced load. Nothing is ever dropped: what does not
-    fit goes in a further round, and costs a further exchange in that layer. At 2 an axis of two devices has room for the
-    worst case and never needs one; early in training less room means further rounds in most layers."""
+    fit goes in a further round, and costs a further exchange in that layer. At 2 an axis of two devices has room for
+    the worst case and never needs one; early in training less room means further rounds in most layers."""
     node_size: int = 0
     """Consecutive devices of the expert axis that make a node, for ``two_hop``; 0 is 8, or half of an axis below 16."""
     fp8_dispatch: bool = False

@@ -31,7 +31,8 @@ from sharding.rules import dims_of, model_spec, stacked_layers, zero_spec
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one device. ``state`` is there between steps, ``step`` while one runs."""
+    """Bytes on one device. ``state`` is there between steps, ``step`` while one runs; ``host`` is in host memory, for
+    each device."""
 
     mesh: dict[str, int]
     tokens: int
@@ -42,6 +43,8 @@ class MemoryPlan:
     step: Tensors
     kept: dict[str, Tensors] = field(default_factory=dict)
     """Of one layer of each kind and one micro-batch: what it keeps for the backward pass."""
+    host: Tensors = field(default_factory=dict)
+    """The moving average, and a copy of as much on its way: parameters that come in, or an average being saved."""
 
     @property
     def arguments(self) -> int:
@@ -180,7 +183,6 @@ def _plan(config: Config, sizes: dict[str, int], work: Work, micro_batches: int,
     state = {
         "masters": 4 * weights.share,
         "moments": 2 * moment * weights.share,
-        "EMA": 4 * weights.share if train.ema_decay else 0,
         "router biases": 4 * biases,
         "batch": 4 * work.sequences * micro_batches * (train.seq_len + 1),
         "counters and scalars": 8 + 16,
@@ -207,17 +209,19 @@ def _plan(config: Config, sizes: dict[str, int], work: Work, micro_batches: int,
     }
     # FP8 has a byte a number in each orientation, made once a step.
     cast = {"weights, cast": 2 * weights.cast if train.unroll or train.precision == "fp8" else 0}
-    step = {"gathered weights": _held(weights, sizes)}
+    average = 4 * weights.share if train.ema_decay else 0
+    step = {"gathered weights": _held(weights, sizes), "parameters copied for the EMA": average}
     if train.unroll:
         # Of several micro-batches the sum of gradients is carried along, their own come layer by layer.
         carried = {"gradients": whole["gradients"]} if micro_batches > 1 else {}
         made = {"gradients of a micro-batch": 4 * pass_} if micro_batches > 1 else {"gradients": 4 * pass_}
         step |= cast | carried
         step |= max(backward, made | _layer_at_work(config, work), carried | update, key=_size)
-        step = dict.fromkeys(("gathered weights", "gradients"), 0) | step
+        step = dict.fromkeys(("gathered weights", "parameters copied for the EMA", "gradients"), 0) | step
     else:
         step |= cast | whole | max(backward, update, key=_size)
-    return MemoryPlan(sizes, work.tokens, micro_batches, train.remat, state, step, kept)
+    host = {"EMA": average, "copies of it on their way": average}
+    return MemoryPlan(sizes, work.tokens, micro_batches, train.remat, state, step, kept, host)
 
 
 def _held(weights: _Weights, sizes: dict[str, int]) -> int:

@@ -21,6 +21,7 @@ _MAY_CHANGE = frozenset(
         "train.checkpoint_every",
         "train.keep_checkpoints",
         "train.max_nonfinite_steps",
+        "train.ema_every",
         "train.bigram_gate",
         "data.workers",
         "data.prefetch",

@@ -29,10 +29,8 @@ class TrainState:
     router_bias: Tree
     """Float32 selection biases, [layers, E] each; empty where routers have none."""
     opt_state: Any
-    ema: Any
-    """Moving average of ``params``, or None (Any, for trees of shapes or shardings take this form too)."""
     nonfinite: Any
-    """Skipped steps one after another, an int32 array."""
+    """Skipped steps one after another, an int32 array (Any, for trees of shapes or shardings take this form too)."""
     step: int = dataclasses.field(metadata={"static": True})
     """Optimizer steps done."""
     tokens: int = dataclasses.field(metadata={"static": True})
@@ -40,7 +38,7 @@ class TrainState:
 
     def arrays(self) -> dict[str, Any]:
         """What is on the devices, by the names of the fields."""
-        return {name: getattr(self, name) for name in ("params", "router_bias", "opt_state", "ema", "nonfinite")}
+        return {name: getattr(self, name) for name in ("params", "router_bias", "opt_state", "nonfinite")}
 
 
 def config_mesh(config: Config) -> Mesh:
@@ -147,7 +145,6 @@ def _create(config: Config) -> TrainState:
         params=params,
         router_bias=router_bias,
         opt_state=make_optimizer(config.optim).init(params),
-        ema=jax.tree.map(jnp.copy, params) if config.train.ema_decay else None,
         nonfinite=jnp.zeros((), jnp.int32),
         step=0,
         tokens=0,

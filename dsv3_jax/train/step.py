@@ -17,7 +17,6 @@ from dsv3_jax.model import DeepSeekV3, Tree, merge_model
 from dsv3_jax.nn import fp8
 from dsv3_jax.nn.balance import max_violation, relative_load, update_bias
 from dsv3_jax.train import schedule
-from dsv3_jax.train.ema import update_ema
 from dsv3_jax.train.loss import Losses, activation_dtype, cross_entropy, has_label, training_loss
 from dsv3_jax.train.optimizer import clip_by_norm, make_optimizer
 from dsv3_jax.train.pipeline import Pipeline, Weights, step_table
@@ -113,7 +112,7 @@ class TrainStep:
     def _local_step(self, arrays: Tree, tokens_ABT: jax.Array, scalars: _Scalars) -> tuple[Tree, Metrics]:
         """One device's part of a step, on its share of the state and of the rows."""
         config, layout = self.config, self._layout
-        params, router_bias, opt_state, ema = (arrays[name] for name in ("params", "router_bias", "opt_state", "ema"))
+        params, router_bias, opt_state = (arrays[name] for name in ("params", "router_bias", "opt_state"))
         with jax.named_scope("gather"):
             whole = layout.gather(params)
             if self._pipeline is not None:
@@ -134,12 +133,11 @@ class TrainStep:
             updates, new_opt = self._optimizer.update(grads, opt_state, params)
             new_params = jax.tree.map(lambda p, u: p - scalars.learning_rate * u, params, updates)
             new_bias = self._update_router_bias(router_bias, losses.counts, scalars.bias_update_speed)
-            new_ema = update_ema(ema, new_params, config.train.ema_decay) if ema is not None else None
         skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
         kept = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
-            (new_params, new_bias, new_opt, new_ema),
-            (params, router_bias, opt_state, ema),
+            (new_params, new_bias, new_opt),
+            (params, router_bias, opt_state),
         )
         nonfinite = (arrays["nonfinite"] + 1) * skipped
         metrics = {
@@ -152,7 +150,7 @@ class TrainStep:
         }
         if losses.counts is not None:
             metrics |= {"max_vio": max_violation(losses.counts), "expert_load": relative_load(losses.counts)}
-        new_arrays = dict(zip(("params", "router_bias", "opt_state", "ema"), kept, strict=True))
+        new_arrays = dict(zip(("params", "router_bias", "opt_state"), kept, strict=True))
         return new_arrays | {"nonfinite": nonfinite}, metrics
 
     def _gradients(

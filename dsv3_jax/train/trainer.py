@@ -31,6 +31,7 @@ from dsv3_jax.data.baselines import predicted_bytes
 from dsv3_jax.interop.pretrained import load_into
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.train import schedule
+from dsv3_jax.train.ema import MovingAverage, abstract_average
 from dsv3_jax.train.finish import summarize
 from dsv3_jax.train.hosts import sign_folder, together
 from dsv3_jax.train.metrics import LAG, LOAD_FILE, MetricsQueue, Record, RunFiles, read_expert_load, read_metrics
@@ -177,6 +178,7 @@ class _Session:
         self.val_bpb: float | None = None
         self.streak = 0
         self.seconds = 0.0
+        self.average: MovingAverage | None = None
         self.state, saved = self._starting_point()
         self.first_step = self.saved_step = self.state.step
         self.stream: RowStream = self.data.train_rows(jax.process_index(), jax.process_count(), saved)
@@ -191,15 +193,23 @@ class _Session:
     def _starting_point(self) -> tuple[TrainState, dict[str, Any] | None]:
         newest = newest_checkpoint(self.out / "checkpoints")
         if newest is None:
-            return self._fresh_state(), None
-        saved = restore(newest, abstract_plain_state(self.config, self.mesh))
+            state = self._fresh_state()
+            if self.config.train.ema_decay:
+                self.average = MovingAverage(self.config, state.params, self.mesh, say=self._say)
+            return state, None
+        wanted = abstract_plain_state(self.config, self.mesh).arrays()
+        if self.config.train.ema_decay:
+            wanted["ema"] = abstract_average(self.config, self.mesh)
+        saved = restore(newest, wanted)
         info = read_info(newest)
         if info.step > self.total:
             raise ConfigError(f"the run in {self.out} is at step {info.step}, past its end at step {self.total}")
         self.val_bpb, self.seconds = info.val_bpb, info.extra["seconds"]
         self._say(f"going on from {newest}")
-        state = staged_state(self.config, saved, self.mesh)
-        return dataclasses.replace(state, step=info.step, tokens=info.tokens), info.data
+        if "ema" in saved:
+            self.average = MovingAverage.restored(self.config, saved.pop("ema"), self.mesh, say=self._say)
+        plain = TrainState(**saved, step=info.step, tokens=info.tokens)
+        return staged_state(self.config, plain, self.mesh), info.data
 
     def _fresh_state(self) -> TrainState:
         state, source = init_state(self.config, self.mesh), self.config.train.init_from
@@ -212,8 +222,7 @@ class _Session:
             raise ConfigError(f"train.init_from = {source!r}: {error}") from error
         self._say(f"weights from {source}")
         given = to_stages(config_layout(self.config, self.mesh), given)
-        ema = jax.tree.map(lambda leaf: leaf.copy(), given["params"]) if state.ema is not None else None
-        return dataclasses.replace(state, ema=ema, **given)
+        return dataclasses.replace(state, **given)
 
     def run(self, last_step: int) -> Run:
         """All steps up to ``last_step``, and the summary if that is the end."""
@@ -254,6 +263,8 @@ class _Session:
             before, compiling = self.state.tokens, self.state.step == self.first_step
             rows = self.stream.take(schedule.batch_size(self.config, before))
             self.state, metrics = self.train_step(self.state, without_padding(rows, self.data.tokenizer.pad_id))
+            if self.average is not None:
+                self.average.follow(self.state, metrics)
             step = self.state.step
             if compiling:
                 jax.block_until_ready(metrics["loss"])
@@ -336,8 +347,9 @@ class _Session:
         began = time.perf_counter()
         if self.files is not None:
             self.files.sync()
+        average = {"ema": self.average.plain()} if self.average is not None else {}
         self.writer.save(
-            plain_state(self.config, self.state, self.mesh),
+            plain_state(self.config, self.state, self.mesh).arrays() | average,
             step=step,
             tokens=self.state.tokens,
             data=_of_all_processes(self.stream.state()),

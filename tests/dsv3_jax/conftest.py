@@ -119,9 +119,10 @@ def saved_run(drawn_parts):
         ) as writer:
             for step, val_bpb in ((10, 3.0), (20, 2.0), (30, None)):
                 _, params, router_bias = drawn_parts(config.model, step)
-                average = drawn_parts(config.model, step + 1).params if ema else None
-                state = TrainState(params, router_bias, (params,), average, jnp.int32(0), step=step, tokens=step * 10)
-                writer.save(state, step=step, tokens=step * 10, data={}, val_bpb=val_bpb)
+                average = drawn_parts(config.model, step + 1).params
+                state = TrainState(params, router_bias, (params,), jnp.int32(0), step=step, tokens=step * 10)
+                arrays = state.arrays() | ({"ema": average} if ema else {})
+                writer.save(arrays, step=step, tokens=step * 10, data={}, val_bpb=val_bpb)
         return folder
 
     return make

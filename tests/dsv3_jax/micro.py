@@ -123,7 +123,6 @@ def train_state(config, params=None, seed=0, **changes):
         "params": params,
         "router_bias": bias,
         "opt_state": make_optimizer(config.optim).init(params),
-        "ema": None,
         "nonfinite": jnp.zeros((), jnp.int32),
     } | changes
     places = plain_shardings(config_layout(config, config_mesh(config)), fields)

@@ -24,6 +24,7 @@ from dsv3_jax.planning.fit import remedy
 from dsv3_jax.planning.memory import plan_memory
 from dsv3_jax.planning.shapes import parameter_shapes, router_bias_shapes
 from dsv3_jax.planning.stages import stages_of
+from dsv3_jax.train.ema import abstract_average
 from dsv3_jax.train.state import abstract_state
 from dsv3_jax.train.step import TrainStep
 from pallas_kernels.attention import op as attention_op
@@ -173,7 +174,7 @@ def step_arguments(config, mesh):
     micro_batch = config.train.micro_batch_size or config.train.batch_size // lanes
     rows = (config.train.batch_size // (micro_batch * lanes), micro_batch * lanes, config.train.seq_len + 1)
     state = abstract_state(config, mesh)
-    arrays = {name: getattr(state, name) for name in ("params", "router_bias", "opt_state", "ema", "nonfinite")}
+    arrays = state.arrays()
     whole = NamedSharding(mesh, P())
     scalars = [jax.ShapeDtypeStruct((), dtype, sharding=whole) for dtype in (jnp.float32,) * 3 + (jnp.int32,)]
     place = NamedSharding(mesh, P(None, ("expert", "data")))
@@ -372,6 +373,21 @@ def test_unrolled_layers_have_gradients_in_place_of_activations():
     largest = max(looped.step["gradients"], looped.step["activations of MoE layers"])
     assert largest < unrolled.temporaries
     assert unrolled.temporaries - unrolled.step["weights, cast"] < looped.temporaries - looped.step["gradients"] / 2
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_the_moving_average_is_in_host_memory_and_what_it_is_made_of_on_the_device(unroll):
+    changes = {"train": {"micro_batch_size": 1, "batch_size": 16, "unroll": unroll}, "mesh": {"expert": 2, "data": 4}}
+    without = plan_memory(micro.config(**changes))
+    plan = plan_memory(micro.config(**changes | {"train": changes["train"] | {"ema_decay": 0.9}}))
+    assert without.host == {"EMA": 0, "copies of it on their way": 0}
+    assert plan.state == without.state
+    share = plan.state["masters"]
+    assert plan.host == {"EMA": share, "copies of it on their way": share}
+    assert plan.step["parameters copied for the EMA"] == plan.temporaries - without.temporaries == share
+    config = micro.config(**changes | {"train": changes["train"] | {"ema_decay": 0.9}})
+    state = abstract_state(config)
+    assert local_bytes(abstract_average(config)) == local_bytes(state.params) == share
 
 
 def test_numbers_add_up():

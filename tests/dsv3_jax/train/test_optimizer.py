@@ -7,7 +7,6 @@ import optax
 import pytest
 
 from dsv3_jax.config import OptimConfig, load_config
-from dsv3_jax.train.ema import update_ema
 from dsv3_jax.train.optimizer import clip_by_norm, decay_mask, make_optimizer, scale_by_adam
 from dsv3_jax.train.state import abstract_state
 
@@ -94,13 +93,3 @@ def test_clipping_leaves_small_zero_and_unclipped_gradients_alone():
     for tree, limit in ((grads, 1.0), (jax.tree.map(jnp.zeros_like, grads), 1.0), (_tree(4, scale=10.0), 0.0)):
         clipped = clip_by_norm(tree, optax.tree.norm(tree), limit)
         jax.tree.map(np.testing.assert_array_equal, clipped, tree)
-
-
-def test_ema_is_the_weighted_sum_of_all_parameters_so_far():
-    values = [1.0, 2.0, 4.0]
-    ema = {"kernel": jnp.zeros((2, 2))}
-    for value in values:
-        ema = update_ema(ema, {"kernel": jnp.full((2, 2), value)}, 0.9)
-    expected = sum(0.1 * 0.9 ** (2 - i) * value for i, value in enumerate(values))
-    np.testing.assert_allclose(ema["kernel"], np.full((2, 2), expected), rtol=1e-6)
-    assert ema["kernel"].dtype == jnp.float32

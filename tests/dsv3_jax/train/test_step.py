@@ -1,4 +1,4 @@
-"""The training step: accumulation, devices, skipping, bias update, EMA, evaluation; and that balance really works."""
+"""The training step: accumulation, devices, skipping, bias update, evaluation; and that balance really works."""
 
 import functools
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 GAMMA = 0.001
 CONFIG = micro.config(
     micro.ROUTED_ONLY | {"num_hidden_layers": 1, "n_shared_experts": 0},
-    train={"micro_batch_size": 2, "loss_chunk": 16, "ema_decay": 0.75},
+    train={"micro_batch_size": 2, "loss_chunk": 16},
     # A large eps makes the update smooth in the gradient: parameters can be compared at float32's own tolerance.
     optim={"learning_rate": 0.5, "eps": 1.0, "moment_dtype": "float32", "grad_clip_norm": 0.0, "weight_decay": 0.1},
     loss={"sequence_balance": 0.01, "bias_update_speed": GAMMA},
@@ -34,9 +34,8 @@ def step_of(config):
 
 
 def state_of(config, seed=0, **changes):
-    """A state with drawn weights, and an average of other ones. The step uses its buffers up."""
-    ema = micro.parts(config.model, seed + 7).params if config.train.ema_decay else None
-    return micro.train_state(config, seed=seed, **{"ema": ema} | changes)
+    """A state with drawn weights. The step uses its buffers up."""
+    return micro.train_state(config, seed=seed, **changes)
 
 
 def host(tree):
@@ -65,7 +64,6 @@ def assert_same_step(found, expected):
         assert float(metrics[name]) == pytest.approx(float(wanted_metrics[name]), rel=1e-5), name
     jax.tree.map(functools.partial(assert_close, tolerance=1e-5), gradients(state), gradients(wanted))
     jax.tree.map(functools.partial(assert_close, tolerance=1e-5), state.params, wanted.params)
-    jax.tree.map(functools.partial(assert_close, tolerance=1e-5), state.ema, wanted.ema)
     np.testing.assert_array_equal(metrics["expert_load"], wanted_metrics["expert_load"])
     jax.tree.map(np.testing.assert_array_equal, state.router_bias, wanted.router_bias)
 
@@ -125,12 +123,6 @@ def test_router_biases_move_by_the_rule_on_the_counts_of_the_whole_step_mtps_too
         new["mtp"][0]["block"]["moe"]["router"]["bias"],
         old["mtp"][0]["block"]["moe"]["router"]["bias"] + change[1].astype(np.float32),
     )
-
-
-def test_the_average_of_parameters_follows_them(base):
-    before, after, _ = base
-    expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, before.ema, after.params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), after.ema, expected)
 
 
 def test_parameters_move_against_the_gradient_by_adam_with_decay_on_matrices(base):
@@ -208,7 +200,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(kind):
     state, metrics = step(state, ROWS)
     assert (int(metrics["skipped"]), int(metrics["nonfinite"])) == (1, 1)
     after = host(state)
-    for name in ("params", "router_bias", "opt_state", "ema"):
+    for name in ("params", "router_bias", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(before, name))
     assert (after.step, after.tokens) == (1, 96)
     state, metrics = step(state, ROWS)
@@ -229,8 +221,8 @@ def test_scalars_of_the_step_follow_consumed_tokens():
         optim={"warmup_steps": 4, "learning_rate": 1.0},
     )
     step = make_train_step(config)
-    state = TrainState({}, {}, {}, None, jnp.zeros((), jnp.int32), step=2, tokens=96)
-    later = TrainState({}, {}, {}, None, jnp.zeros((), jnp.int32), step=3, tokens=97)
+    state = TrainState({}, {}, {}, jnp.zeros((), jnp.int32), step=2, tokens=96)
+    later = TrainState({}, {}, {}, jnp.zeros((), jnp.int32), step=3, tokens=97)
     found = [step.arguments(s, ROWS[:4])[1] for s in (state, later)]
     assert [float(s.learning_rate) for s in found] == [0.75, 1.0]
     assert [float(s.mtp_weight) for s in found] == pytest.approx([0.3, 0.1])
@@ -258,12 +250,11 @@ def test_a_mesh_of_more_devices_than_there_are_is_refused_in_one_line():
 
 
 def test_an_abstract_state_has_the_shapes_types_and_places_of_a_real_one():
-    config = micro.config(micro.DENSE_GQA | {"num_hidden_layers": 1}, mesh={"data": 2}, train={"ema_decay": 0.9})
+    config = micro.config(micro.DENSE_GQA | {"num_hidden_layers": 1}, mesh={"data": 2})
     found, abstract = init_state(config), abstract_state(config)
     assert jax.tree.structure(found) == jax.tree.structure(abstract)
     for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(abstract), strict=True):
         assert (left.shape, left.dtype, left.sharding) == (right.shape, right.dtype, right.sharding)
-    jax.tree.map(np.testing.assert_array_equal, found.ema, found.params)
 
 
 def test_the_model_of_a_state_is_the_model():

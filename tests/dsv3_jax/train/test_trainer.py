@@ -20,11 +20,12 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
-from dsv3_jax.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint, read_info
+from dsv3_jax.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint, read_info, restore
 from dsv3_jax.cli import train as command
 from dsv3_jax.config import ConfigError, Segment, load_config, replace, to_toml
 from dsv3_jax.model import split_model
 from dsv3_jax.train import finish, trainer
+from dsv3_jax.train.ema import abstract_average
 from dsv3_jax.train.trainer import RunError, train
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -123,13 +124,21 @@ def _curve(run):
     return [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in run.metrics]
 
 
+@functools.cache
+def _average(checkpoint):
+    """The moving average of a checkpoint."""
+    config = load_config(str(checkpoint / "config.toml"))
+    return restore(checkpoint, {"ema": abstract_average(config)}, partial=True)["ema"]
+
+
 def _same_run(run, reference):
-    """The same curve, loads and final state, bit for bit."""
+    """The same curve, loads and final state, bit for bit, the moving average too."""
     assert _curve(run) == _curve(reference)
     for ours, theirs in zip(run.expert_load, reference.expert_load, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     jax.tree.map(np.testing.assert_array_equal, run.state, dataclasses.replace(reference.state))
     assert (run.state.step, run.state.tokens) == (reference.state.step, reference.state.tokens)
+    jax.tree.map(np.testing.assert_array_equal, _average(run.checkpoint), _average(reference.checkpoint))
     for key in ("val_bpb", "bigram_consumed_bpb", "bigram_full_bpb", "gzip_bpb"):
         assert run.summary[key] == reference.summary[key]
 
