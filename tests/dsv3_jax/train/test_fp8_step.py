@@ -81,7 +81,7 @@ def paths(params):
 
 def test_evaluation_is_in_fp8_too(calls):
     step, state = make_eval_step(CONFIG), state_of(CONFIG)
-    jax.eval_shape(step._jitted, state.params, state.router_bias, ROWS)
+    jax.eval_shape(step._jitted, state.params, state.router_bias, ROWS[None])
     assert len(calls) == 6
 
 
