@@ -15,6 +15,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.planning import count_parameters, flops_per_token
 from dsv3_jax.planning.devices import peak_flops
 from dsv3_jax.planning.memory import plan_memory
+from dsv3_jax.train.hlo_text import parse_hlo
 from dsv3_jax.train.profile import compile_step, profile_steps, random_batches
 from dsv3_jax.train.state import config_mesh, init_state
 from dsv3_jax.train.step import make_train_step
@@ -41,6 +42,9 @@ class StepBench:
     parameters: int
     """Trainable."""
     compile_seconds: float
+    """Lowering in Python and XLA's compilation; little where the program was kept from an earlier run."""
+    instructions: int
+    """Of the compiled program, those inside fusions left out."""
     step_ms: float
     """Median."""
     step_ms_min: float
@@ -88,7 +92,7 @@ def bench_step(
     begin = time.perf_counter()
     step.jitted = compiled = compile_step(step, state, batches[0])
     compile_seconds = time.perf_counter() - begin
-    planned = compiled.memory_analysis()
+    planned, instructions = compiled.memory_analysis(), len(parse_hlo(compiled.as_text()))
     say(f"compiled in {compile_seconds:.1f} s")
     ends, waiting, losses = [], [], []
     for i in range(warmup + steps + 1):
@@ -126,6 +130,7 @@ def bench_step(
         micro_batch_size=step.micro_batch,
         parameters=count_parameters(model).trainable,
         compile_seconds=compile_seconds,
+        instructions=instructions,
         step_ms=1e3 * median,
         step_ms_min=1e3 * min(timed),
         step_ms_max=1e3 * max(timed),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def events_of(records: Iterable[dict[str, Any]], device: int = 0) -> list[Event]
     records = list(records)
     names = {one["pid"]: one["args"]["name"] for one in records if one.get("name") == "process_name"}
     gpus = {pid for pid, name in names.items() if "GPU:" in name}
-    mine = {pid for pid in gpus if names[pid].endswith(f"GPU:{device}")}
+    mine = {pid for pid in gpus if re.search(rf"GPU:{device}\b", names[pid])}
     found = []
     for one in records:
         given = one.get("args") or {}
