@@ -182,18 +182,19 @@ class _Stage:
     def memory(self) -> _Memory:
         """What a step starts with: empty rings, sums of nothing."""
         slots, experts = self._pipeline.plan.slots, self._pipeline.config.model.n_routed_experts
-        late, held = self._late_params(), self._layers.size
-        end = jax.eval_shape(self._end, late, self.message, self._tokens[0])[1]
+        held, end_params = self._layers.size, self._late_params()
+        end = jax.eval_shape(self._end, end_params, self.message, self._tokens[0])[1]
         counts = jnp.zeros((held, experts), jnp.int32)
         memory = {
             "moe": self._moe.memory((jnp.zeros((held,), jnp.float32), counts), slots.residual, slots.deferred),
             "raw": ring((slots.last + 1,), self.message),
-            "grads": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), late),
+            "grads": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), end_params),
             "losses": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), end),
         }
         if self._dense:
             record = (jnp.zeros((self._n_dense,), jnp.float32), ())
-            memory["dense"] = self._dense.memory(record, slots.first, slots.deferred_first)
+            late = slots.deferred_first or min(slots.deferred, 1)  # a program that puts off needs a ring
+            memory["dense"] = self._dense.memory(record, slots.first, late)
         return memory
 
     def tick(self, memory: _Memory, x: Array, dy: Array, row: Array) -> tuple[_Memory, Array, Array]:

@@ -21,6 +21,8 @@ _CALLS = {"jit": "jaxpr", "remat2": "jaxpr", "closed_call": "call_jaxpr"}
 
 _ADDS = ("add", "add_any")
 
+_PRODUCTS = ("dot_general", "ragged_dot_general", "pallas_call", "while", "scan")
+
 _FREE = ("reshape", "transpose", "squeeze", "broadcast_in_dim")
 """What is done again rather than kept beside its input."""
 
@@ -111,7 +113,9 @@ class _Cut:
         self._maker = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
         self._dx = jaxpr.outvars[:n_x]
         vectors = [var for var in _variables(jaxpr.outvars[n_x:]) if len(_shapes([var])[0].shape) < 2]
-        early = {id(eqn) for eqn in _needed(jaxpr.eqns, [*self._dx, *vectors])}
+        needed = {id(eqn) for eqn in _needed(jaxpr.eqns, [*self._dx, *vectors])}
+        rounded = _rounded([eqn for eqn in jaxpr.eqns if id(eqn) not in needed])
+        early = {id(eqn) for eqn in _needed(jaxpr.eqns, [*self._dx, *vectors, *rounded])}
         self._is_early = lambda var: var not in self._maker or id(self._maker[var]) in early
         terms = [self._terms(out) for out in jaxpr.outvars[n_x:]]
         self._now = [[var for var in of if self._is_early(var)] for of in terms]
@@ -151,6 +155,18 @@ class _Cut:
         if eqn is None or self._is_early(out) or eqn.primitive.name not in _ADDS:
             return [out]
         return [term for part in eqn.invars for term in self._terms(part)]
+
+
+def _rounded(eqns: Sequence[JaxprEqn]) -> list[Var]:
+    """What is made narrower on its way into products: better kept so than as it was."""
+    products = [var for eqn in eqns if eqn.primitive.name in _PRODUCTS for var in eqn.outvars]
+    behind = _reached(eqns, products)
+    casts = [eqn for eqn in eqns if eqn.primitive.name == "convert_element_type" and eqn.outvars[0] not in behind]
+    return [eqn.outvars[0] for eqn in casts if _bytes(eqn.outvars) < _bytes(_variables(eqn.invars))]
+
+
+def _bytes(variables: Sequence[Var]) -> int:
+    return sum(of.size * of.dtype.itemsize for of in _shapes(variables))
 
 
 def _totals(terms: list[list[Var]], values: dict[Var, Any]) -> Arrays:

@@ -48,11 +48,11 @@ class Stack:
     def memory(self, record: Any, kept: int, late: int) -> dict[str, Any]:
         """What passes go on from: empty rings, gradients of 0, and ``record`` for what layers report (cost and aux).
 
-        A ring has ``kept`` or ``late`` slots and one that takes what nobody reads.
+        The rings have ``kept`` and ``late`` slots; without any ``late``, passes cannot put off anything.
         """
         return {
-            "kept": [ring((kept + 1, self._slots), shape) for shape in self._layer.kept],
-            "late": [ring((late + 1, self._slots), shape) for shape in self._layer.deferred],
+            "kept": [ring((kept, self._slots), shape) for shape in self._layer.kept],
+            "late": [ring((late, self._slots), shape) for shape in self._layer.deferred] if late else [],
             "grads": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), self._weights),
             "record": record,
         }
