@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention import pallas_sm90, reference
 
 MOST_QUERIES = 4
 """Queries a sequence that a kernel need take: a token and the three drafted behind it. More take the XLA path."""
@@ -36,7 +36,9 @@ def paged_attention(
         first_B: position of each sequence's first query.
         scale_PSX: float32 scales of FP8 latents, one for 128 numbers: ``CB = ceil(C / 128)``.
         scale: factor of the scores before the softmax.
-        implementation: ``"xla"`` or ``"auto"``.
+        implementation: ``"xla"``, ``"pallas"`` (Hopper) or ``"auto"``. The Hopper kernel takes bfloat16, up to
+            ``MOST_QUERIES`` queries a sequence and any number of heads, C of 256 or 512, R of 64, and pages of a
+            multiple of 64 tokens.
 
     Returns:
         Latents weighted by the softmax, ``[B, T, N, C]`` in the dtype of ``q_BTNC``; scores and softmax are float32.
@@ -47,5 +49,8 @@ def paged_attention(
     in_fp8 = latent_PSC.dtype.name == "float8_e4m3fn"
     if in_fp8 != (scale_PSX is not None):
         raise ValueError(f"paged_attention: latents of {latent_PSC.dtype} {'need' if in_fp8 else 'have no'} scales")
-    dispatch.choose("paged_attention", implementation, {"pallas": "no kernel of it is written"})
-    return reference.paged_attention(q_BTNC, q_BTNR, latent_PSC, key_PSR, table_BX, first_B, scale_PSX, scale=scale)
+    obstacle = pallas_sm90.obstacle(q_BTNC, latent_PSC, key_PSR, MOST_QUERIES)
+    operands = (q_BTNC, q_BTNR, latent_PSC, key_PSR, table_BX, first_B)
+    if dispatch.choose("paged_attention", implementation, {"pallas": obstacle}) == "pallas":
+        return pallas_sm90.paged_attention(*operands, scale=scale)
+    return reference.paged_attention(*operands, scale_PSX, scale=scale)
