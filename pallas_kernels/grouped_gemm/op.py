@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_gemm import pallas_sm90, xla
+from pallas_kernels.once import once
 
 
 @jax.named_scope("grouped_gemm")
@@ -101,7 +102,7 @@ def _gemm(
     with jax.named_scope("cast"):
         w = w.astype(x.dtype)
     if chosen == "pallas":
-        return pallas_sm90.gemm(x, w, group_of_block, num_blocks, block=block, transpose_w=transpose_w)
+        return once(pallas_sm90.gemm, block=block, transpose_w=transpose_w)(x, w, group_of_block, num_blocks)
     return xla.gemm(x, w, group_of_block, block=block, transpose_w=transpose_w)
 
 
@@ -109,7 +110,7 @@ def _wgrad(
     x: Array, dy: Array, group_of_block: Array, num_blocks: Array, block: int, chosen: str, num_groups: int
 ) -> Array:
     if chosen == "pallas":
-        return pallas_sm90.wgrad(x, dy, group_of_block, num_blocks, block=block, num_groups=num_groups)
+        return once(pallas_sm90.wgrad, block=block, num_groups=num_groups)(x, dy, group_of_block, num_blocks)
     return xla.wgrad(x, dy, group_of_block, block=block, num_groups=num_groups)
 
 
