@@ -15,8 +15,8 @@ def _asked_for(config: pytest.Config) -> set[str]:
 
 def pytest_configure(config: pytest.Config) -> None:
     assert "jax" not in sys.modules, "jax was imported before its devices were set"
-    # What one test compiles, in this process or in one that it starts, no other finds.
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    # What a command compiles in one test, in this process or in one that it starts, no other finds.
+    os.environ["DSV3_COMPILE_CACHE"] = "off"
     if "gpu" not in _asked_for(config):
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["JAX_NUM_CPU_DEVICES"] = "8"

@@ -13,9 +13,10 @@ OFF = "off"
 def keep_compiled(folder: str) -> Path | None:
     """Have JAX keep what takes it a second or more to compile, and look there first; where, or None.
 
-    JAX's own settings win: ``JAX_COMPILATION_CACHE_DIR`` names another folder, and
-    ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing. Of a job's processes the first alone writes. A folder that
-    cannot be made is told in a line on stderr, and nothing is kept.
+    Settings of the environment count where the user chose nothing here: ``DSV3_COMPILE_CACHE`` is a choice like
+    ``folder``; JAX's own ``JAX_COMPILATION_CACHE_DIR`` goes before it, and ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps
+    nothing. Of a job's processes the first alone writes. A folder that cannot be made is told in a line on stderr, and
+    nothing is kept.
 
     Args:
         folder: the user's choice; empty takes :func:`default_folder`, ``"off"`` keeps nothing.
@@ -25,12 +26,17 @@ def keep_compiled(folder: str) -> Path | None:
     # JAX asks once in a process, at its first compilation, whether there is a cache: settled anew by each command.
     from jax.experimental.compilation_cache import compilation_cache
 
-    if folder == OFF or not jax.config.jax_enable_compilation_cache:
+    if folder == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
+    if not jax.config.jax_enable_compilation_cache:
         return None
-    given = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
-    if given and not folder:
-        return Path(given)
+    if not folder:
+        given = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+        if given:
+            return Path(given)
+        folder = os.environ.get("DSV3_COMPILE_CACHE", "")
+        if folder == OFF:
+            return None
     path = Path(folder).expanduser() if folder else default_folder(os.environ)
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from dsv3_jax.cli.compile_cache import default_folder, keep_compiled
 
@@ -9,18 +10,26 @@ from dsv3_jax.cli.compile_cache import default_folder, keep_compiled
 @pytest.fixture
 def enabled(monkeypatch):
     """As outside the tests; everything is put back."""
-    before = jax.config.jax_compilation_cache_dir
+    before = {name: jax.config.values[name] for name in ("jax_compilation_cache_dir", "jax_enable_compilation_cache")}
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    assert not jax.config.jax_enable_compilation_cache, "tests share no compiled programs"
-    jax.config.update("jax_enable_compilation_cache", True)
+    monkeypatch.delenv("DSV3_COMPILE_CACHE")
     yield
-    jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
-def test_tests_keep_nothing(tmp_path):
-    assert keep_compiled(str(tmp_path / "kept")) is None
-    assert not (tmp_path / "kept").exists()
+def test_tests_keep_nothing(monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    before = jax.config.jax_compilation_cache_dir
+    assert keep_compiled("") is None
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_the_environment_chooses_a_folder_too(enabled, tmp_path, monkeypatch):
+    monkeypatch.setenv("DSV3_COMPILE_CACHE", str(tmp_path / "kept"))
+    assert keep_compiled("") == tmp_path / "kept"
+    assert keep_compiled(str(tmp_path / "mine")) == tmp_path / "mine"
 
 
 def test_the_folder_is_the_user_s_and_of_one_kind_of_processor(tmp_path):
@@ -60,3 +69,4 @@ def test_a_folder_that_cannot_be_made_is_told(enabled, tmp_path, capsys):
 
 def test_off_keeps_nothing(enabled):
     assert keep_compiled("off") is None
+    assert not jax.config.jax_enable_compilation_cache
