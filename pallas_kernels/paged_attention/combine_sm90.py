@@ -22,7 +22,6 @@ def combine(
     start_B: Array,
     work_P4: Array,
     *,
-    parts: int,
     interpret: Any = None,
 ) -> Array:
     """The output with the pieces of divided sequences weighted by their maxima, added, and divided by their sum.
@@ -34,10 +33,12 @@ def combine(
         stats: float32 ``[P * tiles, 2, 2, 64]``: base-2 running maxima and denominators of their rows.
         start_B: see :class:`pallas_kernels.paged_attention.schedule.Schedule`.
         work_P4: as there.
-        parts: P.
         interpret: parameters of the interpreter, or None.
     """
-    (batch, rows, dim), tiles = out_BMC.shape, sums.shape[0] // parts
+    (batch, rows, dim), parts = out_BMC.shape, work_P4.shape[0]
+    tiles = sums.shape[0] // parts
+    if parts == 1:
+        return out_BMC
     layout = plgpu.Layout.WG_STRIDED((dim,), vec_size=dim // 128)
 
     def mla_combine(sum_ref: Any, stat_ref: Any, start_ref: Any, work_ref: Any, out_ref: Any) -> None:

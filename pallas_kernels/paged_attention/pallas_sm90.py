@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch, varying
 from pallas_kernels.paged_attention import combine_sm90
-from pallas_kernels.paged_attention.schedule import BLOCK, divided
+from pallas_kernels.paged_attention.schedule import BLOCK, Schedule, divided
 
 TILE = 64
 """Rows of an output tile, the least a wgmma multiplies."""
@@ -56,6 +56,14 @@ def obstacle(q_BTNC: Array, latent_PSC: Array, key_PSR: Array, most_queries: int
     return None
 
 
+def plan(
+    q_BTNC: Array, latent_PSC: Array, table_BX: Array, first_B: Array, sm_count: int = dispatch.HOPPER_SM_COUNT
+) -> Schedule:
+    """Who attends to what; of the arrays only ``first_B`` is read, so all layers of a step have the same."""
+    parts = max(1, sm_count // _tiles_of(q_BTNC))
+    return divided(first_B, q_BTNC.shape[1], table_BX.shape[1] * (latent_PSC.shape[1] // BLOCK), parts)
+
+
 def paged_attention(
     q_BTNC: Array,
     q_BTNR: Array,
@@ -63,31 +71,39 @@ def paged_attention(
     key_PSR: Array,
     table_BX: Array,
     first_B: Array,
+    schedule: Schedule | None = None,
     *,
     scale: float,
     sm_count: int = dispatch.HOPPER_SM_COUNT,
     interpret: Any = None,
 ) -> Array:
-    """As :func:`pallas_kernels.paged_attention.op.paged_attention`, of what :func:`obstacle` finds nothing against."""
+    """As :func:`pallas_kernels.paged_attention.op.paged_attention`, of what :func:`obstacle` finds nothing against.
+
+    ``schedule`` is :func:`plan`'s; without one it is made here.
+    """
     batch, queries, heads, dim = q_BTNC.shape
     rows = queries * heads
-    multiple = 8 if rows <= TILE else TILE
-    spare = ((0, 0), (0, -rows % multiple), (0, 0))
+    spare = ((0, 0), (0, -rows % (8 if rows <= TILE else TILE)), (0, 0))
     q_BMC, q_BMR = (jnp.pad(q.reshape(batch, rows, -1), spare) for q in (q_BTNC, q_BTNR))
-    blocks_of_page = latent_PSC.shape[1] // BLOCK
-    tiles = -(-rows // TILE)
-    parts = max(1, sm_count // tiles)
-    schedule = divided(first_B, queries, table_BX.shape[1] * blocks_of_page, parts)
     latents, keys = (pages.reshape(-1, BLOCK, pages.shape[2]) for pages in (latent_PSC, key_PSR))
-    limits = jnp.stack([first_B, first_B + queries]).astype(jnp.int32)
-    operands = (q_BMC, q_BMR, latents, keys, table_BX.astype(jnp.int32), limits, *schedule)
+    schedule = schedule or plan(q_BTNC, latent_PSC, table_BX, first_B, sm_count)
+    operands = (q_BMC, q_BMR, latents, keys, table_BX.astype(jnp.int32), first_B.astype(jnp.int32), *schedule)
     attend = functools.partial(
-        _attend, heads=heads, blocks_of_page=blocks_of_page, scale=scale, tiles=tiles, interpret=interpret
+        _attend,
+        queries=queries,
+        heads=heads,
+        blocks_of_page=latent_PSC.shape[1] // BLOCK,
+        scale=scale,
+        tiles=_tiles_of(q_BTNC),
+        interpret=interpret,
     )
     out_BMC, sums, stats = attend(*(varying.like(operand, *operands) for operand in operands))
-    if parts > 1:
-        out_BMC = combine_sm90.combine(out_BMC, sums, stats, *schedule, parts=parts, interpret=interpret)
+    out_BMC = combine_sm90.combine(out_BMC, sums, stats, *schedule, interpret=interpret)
     return varying.like(out_BMC[:, :rows].reshape(batch, queries, heads, dim), *operands)
+
+
+def _tiles_of(q_BTNC: Array) -> int:
+    return -(-q_BTNC.shape[1] * q_BTNC.shape[2] // TILE)
 
 
 def _swizzled() -> tuple[Any, Any]:
@@ -102,10 +118,11 @@ def _attend(
     latents: Array,
     keys: Array,
     table_BX: Array,
-    limits_2B: Array,
+    first_B: Array,
     start_B: Array,
     work_P4: Array,
     *,
+    queries: int,
     heads: int,
     blocks_of_page: int,
     scale: float,
@@ -123,7 +140,7 @@ def _attend(
         latent_ref: Any,
         key_ref: Any,
         table_ref: Any,
-        limit_ref: Any,
+        first_ref: Any,
         start_ref: Any,
         work_ref: Any,
         out_ref: Any,
@@ -239,7 +256,7 @@ def _attend(
 
             def sequence(b: Any, slot: Any) -> Any:
                 begin, end = piece(b)
-                first, length = limit_ref[0, b], limit_ref[1, b]
+                first = first_ref[b]
                 row = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=_ROWS) + tile * TILE
                 limit = first + lax.div(row, heads)
 
@@ -253,7 +270,7 @@ def _attend(
                         denominator,
                     )
                     values = latent_smem.at[slot, warpgroup]
-                    count = length - j * BLOCK
+                    count = first + queries - j * BLOCK
                     pl.when(count < BLOCK)(lambda: blank(values, count))
                     out = out * lax.broadcast_in_dim(jnp.exp2(m - m_new), out.shape, [0])
                     out = _plus_product(out, rope_smem.at[slot], values, interpret)
@@ -346,7 +363,7 @@ def _attend(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )
-    return kernel(q_BMC, q_BMR, latents, keys, table_BX, limits_2B, start_B, work_P4)
+    return kernel(q_BMC, q_BMR, latents, keys, table_BX, first_B, start_B, work_P4)
 
 
 def _plus_product(out: Any, p_ref: Any, value_ref: Any, interpret: Any) -> Any:
