@@ -18,7 +18,8 @@ class Options:
     out: str = ""
     """Folder for precision.json, precision.png and the tokenizer."""
     precisions: str = "bf16,fp8"
-    """Values of train.precision, comma-separated; the others are compared with the first."""
+    """Values of train.precision, comma-separated; the others are compared with the first. ``again`` is the first once
+    more with its sums rounded in another order: what chance alone does to the loss."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -26,9 +27,10 @@ def run(argv: Sequence[str]) -> int:
     description = "Train once in each precision from the same seed on the same batches, and compare smoothed losses."
     config, options = parse_config("dsv3 bench precision", argv, description, Options)
     names, known = options.precisions.split(","), get_args(get_type_hints(TrainConfig)["precision"])
-    if len(names) < 2 or len(set(names)) < len(names) or not {*names} <= {*known}:
+    if len(names) < 2 or len(set(names)) < len(names) or not {*names} <= {*known, "again"} or names[0] == "again":
         raise ConfigError(
-            f"--precisions = {options.precisions!r} must name two or more of {', '.join(known)}, each once"
+            f"--precisions = {options.precisions!r} must name two or more of {', '.join(known)}, each once, "
+            "or one or more and then again"
         )
     if not options.out:
         raise ConfigError("--out is missing: the folder for what is measured")
@@ -38,9 +40,8 @@ def run(argv: Sequence[str]) -> int:
     result = compare_precisions(config, Path(options.out), names)
     for line in result.runs:
         validation = "" if line.val_loss is None else f", validation {line.val_loss:.4f}"
-        print(
-            f"{line.precision}: last loss {line.losses[-1]:.4f}{validation}, {line.tokens_per_second:,.0f} tokens/s",
-        )
+        rate = "" if line.tokens_per_second is None else f", {line.tokens_per_second:,.0f} tokens/s"
+        print(f"{line.precision}: last loss {line.losses[-1]:.4f}{validation}{rate}")
     for name, difference in result.differences.items():
         told = ", ".join(f"{key} {100 * value:.4f}%" for key, value in difference.items())
         print(f"{name} against {names[0]}, EMA(0.9), last half of {result.steps} steps: {told}")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,6 +26,9 @@ EMA = 0.9
 LIMIT = 0.0025
 """Largest relative difference that FP8 training shall show."""
 
+AGAIN = "again"
+"""Name of a second run in the first precision that differs from it by rounding alone: how far chance takes two runs."""
+
 _IN_FLIGHT = 4
 
 
@@ -39,8 +41,8 @@ class PrecisionRun:
     """Main cross entropy of each step, nats."""
     val_loss: float | None
     """Nats per token of the validation rows after the last step; None without them."""
-    tokens_per_second: float
-    """From the second step to the last."""
+    tokens_per_second: float | None
+    """From the second step to the last; None where there is one, or while it runs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,25 +65,45 @@ def compare_precisions(
 ) -> Comparison:
     """Train ``config`` once in each precision, from the same seed on the same batches.
 
-    Writes ``precision.json`` and ``precision.png`` into ``out``; no checkpoints, no samples.
+    Writes ``precision.json`` and ``precision.png`` into ``out``, ten times a run with the steps that all have made; no
+    checkpoints, no samples. The precision :data:`AGAIN` is the first once more, with its sums rounded in another order.
     """
     out.mkdir(parents=True, exist_ok=True)
-    data = prepare_data(config, out, say)
-    runs = [_run(replace(config, train={"precision": name}), data, say) for name in precisions]
-    smooth = [smoothed(run.losses) for run in runs]
-    relative = {run.precision: line / smooth[0] - 1 for run, line in zip(runs[1:], smooth[1:], strict=True)}
+    data, runs = prepare_data(config, out, say), []
+
+    def write(run: PrecisionRun) -> Comparison:
+        return _write(config, out, [*runs, run])
+
+    result = None
+    for name in precisions:
+        if name == AGAIN:
+            changes: dict[str, Any] = {"precision": precisions[0], "loss_chunk": max(1, config.train.loss_chunk // 2)}
+        else:
+            changes = {"precision": name}
+        run = _run(name, replace(config, train=changes), data, say, write)
+        result = write(run)
+        runs.append(run)
+    if result is None:
+        raise ValueError("compare_precisions: no precision is named")
+    return result
+
+
+def _write(config: Config, out: Path, runs: list[PrecisionRun]) -> Comparison:
+    steps = min(len(run.losses) for run in runs)
+    smooth = {run.precision: smoothed(run.losses[:steps]) for run in runs}
+    first = smooth[runs[0].precision]
+    relative = {name: line / first - 1 for name, line in smooth.items() if name != runs[0].precision}
     result = Comparison(
         preset=config.name,
         device=jax.devices()[0].device_kind,
         jax=jax.__version__,
-        steps=len(runs[0].losses),
+        steps=steps,
         tokens_per_step=config.train.batch_size * config.train.seq_len,
         runs=runs,
         differences={name: _summary(line[len(line) // 2 :]) for name, line in relative.items()},
     )
     (out / "precision.json").write_text(json.dumps(dataclasses.asdict(result)) + "\n", encoding="utf-8")
-    curves = dict(zip(precisions, smooth, strict=True))
-    write_precision_plot(out / "precision.png", curves, relative, LIMIT)
+    write_precision_plot(out / "precision.png", smooth, relative, LIMIT)
     return result
 
 
@@ -99,15 +121,17 @@ def _summary(difference: Float[np.ndarray, " steps"]) -> dict[str, float]:
     return {"max": float(size.max()), "mean": float(size.mean()), "signed_mean": float(difference.mean())}
 
 
-def _run(config: Config, data: Data, say: Callable[[str], None]) -> PrecisionRun:
-    mesh, precision = config_mesh(config), config.train.precision
+def _run(
+    name: str, config: Config, data: Data, say: Callable[[str], None], write: Callable[[PrecisionRun], Any]
+) -> PrecisionRun:
+    mesh = config_mesh(config)
     state, step = init_state(config, mesh), make_train_step(config, mesh)
     stream = data.train_rows(0, 1, None)
     total, pad = schedule.total_steps(config), data.tokenizer.pad_id
     losses: list[float] = []
     waiting: deque[Any] = deque()
     begin, first_tokens = 0.0, 0
-    say(f"{precision}: compiling")
+    say(f"{name}: compiling")
     try:
         while state.step < total:
             rows = stream.take(schedule.batch_size(config, state.tokens))
@@ -119,7 +143,8 @@ def _run(config: Config, data: Data, say: Callable[[str], None]) -> PrecisionRun
             while len(waiting) > (_IN_FLIGHT if state.step < total else 0):
                 losses.append(float(waiting.popleft()))
                 if len(losses) % max(1, total // 10) == 0:
-                    say(f"{precision}: step {len(losses)} of {total}, loss {losses[-1]:.4f}")
+                    say(f"{name}: step {len(losses)} of {total}, loss {losses[-1]:.4f}")
+                    write(PrecisionRun(name, losses, None, None))
     finally:
         stream.close()
     seconds = time.perf_counter() - begin
@@ -127,5 +152,5 @@ def _run(config: Config, data: Data, say: Callable[[str], None]) -> PrecisionRun
     if len(data.validation_rows):
         nats, labels = make_eval_step(config, mesh)(state, without_padding(data.validation_rows, pad))
         val_loss = nats / labels
-    rate = (state.tokens - first_tokens) / seconds if total > 1 else math.nan
-    return PrecisionRun(precision, losses, val_loss, rate)
+    rate = (state.tokens - first_tokens) / seconds if total > 1 else None
+    return PrecisionRun(name, losses, val_loss, rate)

@@ -14,10 +14,11 @@ from dsv3_jax.train.precision_bench import PrecisionRun, compare_precisions, smo
 @pytest.fixture
 def far(monkeypatch):
     """Runs without training: FP8's loss is higher by a share that the test sets, in the last quarter of 40 steps."""
-    share = {"fp8": 0.0}
+    share, asked = {"fp8": 0.0}, []
+    share["asked"] = asked
 
-    def run(config, data, say):
-        name = config.train.precision
+    def run(name, config, data, say, write):
+        asked.append((name, config.train.precision, config.train.loss_chunk))
         losses = np.linspace(8, 4, 40) * np.where(np.arange(40) >= 30, 1 + share.get(name, 0.0), 1.0)
         return PrecisionRun(name, losses.tolist(), None, 1000.0)
 
@@ -42,6 +43,23 @@ def test_differences_are_of_smoothed_losses_over_the_last_half_and_are_written_d
     assert written["differences"]["fp8"] == found
     assert [len(run["losses"]) for run in written["runs"]] == [40, 40, 40]
     assert (tmp_path / "precision.png").stat().st_size > 10_000
+
+
+def test_again_is_the_first_precision_with_other_roundings(far, tmp_path):
+    config = load_config("tiny")
+    result = compare_precisions(config, tmp_path, ("bf16", "again"))
+    chunk = config.train.loss_chunk
+    assert far["asked"] == [("bf16", "bf16", chunk), ("again", "bf16", chunk // 2)]
+    assert result.differences["again"]["max"] == 0.0
+
+
+def test_what_a_stopped_comparison_has_is_there(tmp_path):
+    whole = PrecisionRun("bf16", [4.0, 3.0, 2.0, 1.0], 2.5, 10.0)
+    precision_bench._write(load_config("tiny"), tmp_path, [whole, PrecisionRun("fp8", [4.0, 3.5], None, 0.0)])
+    written = json.loads((tmp_path / "precision.json").read_text())
+    assert written["steps"] == 2
+    assert written["differences"]["fp8"]["max"] > 0
+    assert (tmp_path / "precision.png").exists()
 
 
 @pytest.mark.parametrize(("share", "status"), [(0.002, 0), (0.01, 1)])
