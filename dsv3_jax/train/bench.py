@@ -90,7 +90,8 @@ def bench_step(
     jax.block_until_ready(state.params)
     say(f"{config.name}: {count_parameters(model).trainable:,} parameters; compiling")
     begin = time.perf_counter()
-    step.jitted = compiled = compile_step(step, state, batches[0])
+    on_gpu = jax.default_backend() == "gpu"
+    step.jitted = compiled = compile_step(step, state, batches[0], for_trace=bool(profiled) and not on_gpu)
     compile_seconds = time.perf_counter() - begin
     planned, instructions = compiled.memory_analysis(), len(parse_hlo(compiled.as_text()))
     say(f"compiled in {compile_seconds:.1f} s")
@@ -111,10 +112,10 @@ def bench_step(
     device = jax.devices()[0]
     flops = per_token * tokens / median / mesh.size
     peak, measured_peak = peak_flops(device.device_kind), _peak_memory(device, planned)
-    plan, where = plan_memory(config, gpu=device.platform == "gpu"), None
+    plan, where = plan_memory(config, gpu=on_gpu), None
     if profiled:
         say(f"profiling {profiled} steps")
-        if device.platform == "gpu":
+        if on_gpu:
             step.jitted = compile_step(step, state, batches[0], for_trace=True)
         with tempfile.TemporaryDirectory() as folder:
             where = profile_steps(step, state, Path(folder), steps=profiled)[0].rows

@@ -1,8 +1,9 @@
 """A few training steps under JAX's profiler, and the table of where their time goes."""
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,23 @@ def compile_step(step: TrainStep, state: TrainState, batch: np.ndarray, *, for_t
     """The step's program, compiled for these arguments; ``for_trace`` so that a trace tells its operations apart."""
     arguments, _ = step.arguments(state, batch)
     lowered = step.jitted.lower(*arguments)
-    on_gpu = jax.default_backend() == "gpu"
-    return lowered.compile(compiler_options=KERNELS_ONE_BY_ONE) if for_trace and on_gpu else lowered.compile()
+    if not for_trace:
+        return lowered.compile()
+    with own_names():
+        return lowered.compile(compiler_options=KERNELS_ONE_BY_ONE if jax.default_backend() == "gpu" else None)
+
+
+@contextlib.contextmanager
+def own_names() -> Iterator[None]:
+    """Of compiled programs that were kept, takes only those with the same named scopes: the others tell where an
+    operation came from when they were made, which may be before an edit."""
+    name = "jax_compilation_cache_include_metadata_in_key"
+    before = jax.config.values[name]
+    jax.config.update(name, True)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def profile_run(config: Config, folder: Path, *, steps: int = 3, say: Callable[[str], None] = print) -> Profile:

@@ -6,11 +6,13 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from dsv3_jax.config import ConfigError, load_config
 from dsv3_jax.planning.flops import flops_per_token
 from dsv3_jax.planning.step_flops import step_flops
 from dsv3_jax.train.hlo_text import Instruction, parse_hlo
+from dsv3_jax.train.profile import own_names
 from dsv3_jax.train.step_table import as_text, kind_of, tabulate
 from dsv3_jax.train.trace_events import Event, events_of, read_events, share_out, times_run, trace_file
 
@@ -74,6 +76,27 @@ def test_a_real_program_is_read_whole():
     named = [one for one in found.values() if any("attend" in name for name in one.op_names)]
     assert named
     assert sum(one.bytes for one in named) >= 3 * 16 * 16 * 4
+
+
+def test_a_kept_program_of_other_scopes_is_not_taken_for_one_s_own(tmp_path):
+    settings = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: jax.config.values[name] for name in settings}
+
+    def scoped(scope):
+        return jax.jit(jax.named_scope(scope)(lambda x: jnp.sin(x) * 3)).lower(jnp.ones(7)).compile().as_text()
+
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        assert "first" in scoped("first")
+        assert "second" not in scoped("second")
+        with own_names():
+            assert "second" in scoped("second")
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize(
