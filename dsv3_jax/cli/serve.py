@@ -38,6 +38,7 @@ class Options(Loading):
     compile_first: bool = True
     """Compile every program before the first request is taken."""
     log: Literal["critical", "error", "warning", "info", "debug"] = "info"
+    """What the HTTP server tells on stderr, from that level on."""
 
 
 def run(argv: Sequence[str]) -> int:

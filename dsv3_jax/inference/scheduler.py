@@ -83,9 +83,10 @@ class Scheduler:
                 self.blocks.release(sequence.pages)
                 break
             self.running.append(self.waiting.popleft())
-            sequence.slot = self._slots.pop()
             sequence.computed = shared * self.blocks.page_size
-            sequence.shared = max(sequence.shared, sequence.computed)
+            if sequence.slot < 0:  # the first time: later it finds what it computed itself
+                sequence.shared = sequence.computed
+            sequence.slot = self._slots.pop()
             if not sequence.prefilled:
                 budget -= self._read(sequence, budget, prefill)
         return Plan(prefill, decode, preempted)

@@ -113,7 +113,7 @@ class Sequence:
     shared: int = 0
     """Tokens of the prompt that were found in pages."""
     slot: int = -1
-    """Row of the engine's memory of drafts."""
+    """Row of the engine's memory of drafts, its own while it runs; -1 until it first does."""
     drafts: Any = None
     """What that row held when the sequence was set aside."""
     fresh: bool = True

@@ -71,6 +71,7 @@ def test_drawn_text_depends_on_its_seed_alone(engine_of):
     together = finish(engine, WARM)
     assert engine.counts.preemptions > 0
     assert engine.counts.acceptance > 0.1
+    assert engine.counts.shared_tokens == 0  # what it finds of its own after a pause does not count
     assert together[3:] == one_by_one(engine_of, WARM[3:])
     other = [(prompt, dataclasses.replace(sampling, seed=99)) for prompt, sampling in WARM]
     assert all(a != b for a, b in zip(finish(engine_of(), other), together, strict=True))
@@ -216,3 +217,23 @@ def test_a_request_that_cannot_be_is_one_line(engine_of, prompt, how, told):
         engine_of().add(prompt, Sampling(**{"max_new_tokens": 4} | how))
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_drafted_tokens_that_are_drawn_have_the_models_distribution(engine_of, forward):
+    """The second token of many texts, which was drafted, after the most frequent first one."""
+    prompt, temperature, count = PROMPTS[0], 0.4, 480
+    engine = engine_of()
+    asked = [Sampling(2, temperature, choice=choice, stop_tokens=()) for choice in range(count)]
+    texts = finish(engine, [(prompt, sampling) for sampling in asked])
+    assert engine.counts.proposed >= count
+    first = int(np.bincount([text[0] for text in texts]).argmax())
+    for before, tokens in (([], [text[0] for text in texts]), ([first], [b for a, b in texts if a == first])):
+        logits = forward([*prompt, *before])[len(prompt) + len(before) - 1].astype(np.float64) / temperature
+        p = np.exp(logits - logits.max())
+        p /= p.sum()
+        best = np.argsort(-p)[:4]
+        expected = len(tokens) * np.append(p[best], 1 - p[best].sum())
+        found = [tokens.count(token) for token in best]
+        found.append(len(tokens) - sum(found))
+        assert len(tokens) > 60
+        assert np.sum((np.array(found) - expected) ** 2 / np.maximum(expected, 1e-9)) < 18.47  # 4 degrees of freedom
