@@ -51,9 +51,8 @@ def test_a_bench_says_where_time_and_memory_go(preset, tmp_path, capsys):
     kinds = {row["kind"]: row for row in facts["where"]}
     assert {"attention", "expert GEMM", "dense GEMM", "routing", "loss", "optimizer"} <= set(kinds)
     assert sum(row["share"] for row in kinds.values()) == pytest.approx(1)
-    assert (
-        kinds.get("not told apart", {"share": 0})["share"] < 0.5
-    )  # XLA's own copies and loops, much of so small a model
+    # XLA's own copies and loops are much of so small a model.
+    assert kinds.get("not told apart", {"share": 0})["share"] < 0.5
     assert kinds["dense GEMM"]["tflops"] > 0
     printed = capsys.readouterr().out
     assert "sum, planned" in printed
