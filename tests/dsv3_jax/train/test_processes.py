@@ -1,5 +1,6 @@
 """Two real processes train, are stopped, killed, and go on as one, through the command line."""
 
+import functools
 import json
 import os
 import random
@@ -17,10 +18,12 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
-from dsv3_jax.checkpoint import list_checkpoints
+from dsv3_jax.checkpoint import list_checkpoints, restore
 from dsv3_jax.config import load_config, replace, to_toml
+from dsv3_jax.train.ema import abstract_average
 from dsv3_jax.train.metrics import read_metrics
 from dsv3_jax.train.trainer import train
+from pallas_kernels.testing import assert_close
 
 ROOT = Path(__file__).resolve().parents[3]
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
@@ -66,7 +69,7 @@ def config(tmp_path_factory):
             "data": {"source": str(folder), "workers": 0, "shards": 2},
             "train": {
                 "steps": 100000, "seq_len": 16, "batch_size": 4, "eval_sequences": 0, "checkpoint_every": 4,
-                "keep_checkpoints": 100000, "log_every": 1,
+                "keep_checkpoints": 100000, "log_every": 1, "ema_decay": 0.9,
             },
             "optim": {"warmup_steps": 2, "learning_rate": 1e-3},
             "mesh": {"data": 2},
@@ -168,10 +171,17 @@ def begun(config, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def losses(config, begun, tmp_path_factory):
-    """``(steps) -> losses`` of a run by one process on two devices."""
+def reference(begun, tmp_path_factory):
+    """The folder of a run by one process on two devices."""
     out = tmp_path_factory.mktemp("reference") / "run"
     shutil.copytree(begun, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def losses(config, reference):
+    """``(steps) -> losses`` of that run."""
+    out = reference
 
     def upto(steps):
         if len(read_metrics(out)) < steps:
@@ -182,7 +192,7 @@ def losses(config, begun, tmp_path_factory):
 
 
 def test_two_processes_go_on_from_one_and_one_from_two_that_sigterm_to_one_has_stopped_at_one_step(
-    config, begun, tmp_path, forks, losses
+    config, begun, tmp_path, forks, reference, losses
 ):
     out = tmp_path / "run"
     shutil.copytree(begun, out)
@@ -206,6 +216,11 @@ def test_two_processes_go_on_from_one_and_one_from_two_that_sigterm_to_one_has_s
     found = [record["loss"] for record in read_metrics(out)]
     assert len(found) == step + 4
     np.testing.assert_allclose(found, losses(step + 4), rtol=1e-6)
+    # The moving average went through both hands: the latest that both runs have saved.
+    paths = [folder / "checkpoints" / str((step + 4) // 4 * 4) for folder in (out, reference)]
+    wanted = {"ema": abstract_average(config)}
+    averages = [jax.tree.map(np.array, restore(path, wanted, partial=True)) for path in paths]
+    jax.tree.map(functools.partial(assert_close, tolerance=1e-4), *averages)
 
 
 def test_the_death_of_process_0_ends_the_other_with_one_line(config, begun, tmp_path, forks, losses):
