@@ -37,7 +37,7 @@ class Layout:
         """Of each parameter, what the model's code needs."""
         self.share: Tree = _map(self._share, params)
         """Of each parameter, what a device keeps."""
-        self.travel: Tree = _map(lambda path, leaf: _travel_dtype(path, leaf.ndim, config), params)
+        self.travel: Tree = _map(lambda path, leaf: travel_dtype(path, leaf.ndim, config), params)
         """Type in which a weight is gathered: that of the products it enters."""
 
     def _share(self, path: str, leaf: Any) -> PartitionSpec:
@@ -109,7 +109,7 @@ def partition_of(config: Config) -> Partition | None:
     return make_partition(counts, ranks, chunks=2 if schedule in ("dualpipe", "dualpipev") else 1)
 
 
-def _travel_dtype(path: str, ndim: int, config: Config) -> DTypeLike:
+def travel_dtype(path: str, ndim: int, config: Config) -> DTypeLike:
     """Norms and routers compute in float32, whatever the precision of the products (spec 11.2)."""
     float32 = config.train.precision == "fp32" or dims_of(path, ndim)[-1] in ("norm", "router")
     return jnp.float32 if float32 else jnp.bfloat16

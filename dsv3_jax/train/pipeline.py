@@ -20,13 +20,14 @@ from dsv3_jax.model import DeepSeekV3, Tree, merge_model, split_model
 from dsv3_jax.nn import fp8
 from dsv3_jax.nn.block import Block, rematerialize
 from dsv3_jax.nn.router import RouterBias
+from dsv3_jax.train.layout import travel_dtype
 from dsv3_jax.train.loss import Losses, activation_dtype, balance_of, cross_entropy, end_losses, has_label
 from sharding.pipeline.actions import BACKWARD, FORWARD, Kind
 from sharding.pipeline.executor import execute, plan_of
 from sharding.pipeline.partition import Partition
 from sharding.pipeline.schedule import make_schedule
 from sharding.pipeline.split import in_parts
-from sharding.pipeline.stack import Pass, Stack, put, ring, take, when
+from sharding.pipeline.stack import Pass, Stack, put, ring, take, when, wide
 from sharding.pipeline.table import Col, Table, table
 
 _Memory = dict[str, Any]
@@ -145,9 +146,17 @@ class _Stage:
     """What a rank computes in one step, while it is traced."""
 
     def __init__(self, pipeline: Pipeline, weights: Weights, tokens: Array, scalars: dict[str, Array], message: Any):
-        self._pipeline, self._weights, self._tokens, self._scalars = pipeline, weights, tokens, scalars
+        config = pipeline.config
+
+        def narrow(path: Any, leaf: Array) -> Array:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return leaf.astype(travel_dtype(name, leaf.ndim, config))
+
+        params = jax.tree_util.tree_map_with_path(narrow, weights.params)
+        self._pipeline, self._tokens, self._scalars = pipeline, tokens, scalars
+        self._weights = weights._replace(params=params)
         self.message = message
-        model, partition = pipeline.config.model, pipeline.partition
+        model, partition = config.model, pipeline.partition
         self._n_dense, self._slots, self._last = model.n_dense_layers, partition.slots, len(partition.counts) - 1
         self._counts = jnp.asarray(partition.counts, jnp.int32)
         self._layers = jnp.asarray(partition.held.reshape(pipeline.plan.ranks, -1))[lax.axis_index("pipe")]
@@ -174,9 +183,9 @@ class _Stage:
             "bias": jax.tree.map(lambda leaf: leaf[jnp.maximum(self._layers, 0)], bias),
             "codes": {path: code for path, code in self._weights.codes.items() if path.startswith(f"{name}/")},
         }
-        one = functools.partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype))
         function = rematerialize(layer, train.remat, scanned=True)
-        parts = in_parts(function, one(params), one(given), self.message)
+        one, given_one = jax.eval_shape(lambda: (wide(take(params, 0)), take(given, 0)))
+        parts = in_parts(function, one, given_one, self.message)
         return Stack(parts, slots, params, given, self._d_cost)
 
     def memory(self) -> _Memory:
@@ -243,9 +252,10 @@ class _Stage:
     def nats(self, raw: Array) -> Array:
         """Cross entropy of the main head, on the rank of the last stage; 0 elsewhere."""
         labels, weights = jnp.maximum(self._tokens, 0)[..., 1:], has_label(self._tokens).astype(jnp.float32)
-        config, model = self._pipeline.config, self._model(self._weights.params)
+        config = self._pipeline.config
 
         def add(total: Array) -> Array:
+            model = self._model(self._late_params())
             hidden = model.final_norm(raw).reshape(-1, raw.shape[-1])
             rows = labels.reshape(-1), weights.reshape(-1)
             return total + cross_entropy(hidden, model.head_weight(), *rows, config.train.loss_chunk)
@@ -282,29 +292,29 @@ class _Stage:
         return grads | {"embedding": {"table": table}}
 
     def _late_params(self) -> Tree:
-        return {name: part for name, part in self._weights.params.items() if name not in ("dense", "moe")}
+        return wide({name: part for name, part in self._weights.params.items() if name not in ("dense", "moe")})
 
     def _end(self, late_params: Tree, raw: Array, tokens: Array) -> tuple[Array, Losses]:
         """What comes after the last layer."""
-        model = self._model(self._weights.params | late_params)
+        model = self._model(late_params)
         losses = end_losses(model, raw, tokens, self._pipeline.config, None, **self._scalars)
         return losses.total, losses
 
-    def _model(self, params: Tree) -> DeepSeekV3:
+    def _model(self, late_params: Tree) -> DeepSeekV3:
         """The model without the pipeline's layers."""
-        params = {name: part for name, part in params.items() if name != "moe"}
+        dense = {name: wide(part) for name, part in self._weights.params.items() if name == "dense"}
         bias = {name: part for name, part in self._weights.router_bias.items() if name != "moe"}
-        return merge_model(self._pipeline.ends, fp8.attach(params, self._weights.codes), bias)
+        return merge_model(self._pipeline.ends, fp8.attach(dense | late_params, self._weights.codes), bias)
 
     def _from_the_loss(self, memory: _Memory, dy: Array, row: Array, there: Array) -> tuple[_Memory, Array]:
         """On the last stage, the gradient of the trunk's output, and losses and the weights' gradients added up.
 
         All are made here of the trunk's output, so that nothing else is kept for them.
         """
-        params = self._late_params()
 
         def make(carry: Any) -> Any:
             grads, sums, _ = carry
+            params = self._late_params()
             raw, tokens = take(memory["raw"], row[Col.B_SAVED_LAST]), take(self._tokens, row[Col.B_MICRO])
             (_, losses), (found, d_raw) = jax.value_and_grad(self._end, (0, 1), has_aux=True)(params, raw, tokens)
             return jax.tree.map(jnp.add, grads, found), jax.tree.map(jnp.add, sums, losses), d_raw

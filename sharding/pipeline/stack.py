@@ -37,7 +37,8 @@ class Stack:
     Args:
         layer: one layer in parts.
         slots: layers of the largest stage.
-        weights: of all layers that the rank holds, with a leading layer dim, as has ``given``.
+        weights: of all layers that the rank holds, with a leading layer dim, as has ``given``. They may be kept in a
+            narrower type than float32, in which a layer sees them and gives their gradients.
         given: see :func:`~sharding.pipeline.split.in_parts`.
         d_cost: what a layer's cost counts in the loss.
     """
@@ -122,7 +123,7 @@ class Stack:
         return memory, x, dy
 
     def _of(self, layer: Number) -> tuple[Any, Any]:
-        return take(self._weights, layer), take(self._given, layer)
+        return wide(take(self._weights, layer)), take(self._given, layer)
 
     def _ahead(self, memory: Any, x: Array, ahead: Pass, i: Number) -> tuple[Any, Array]:
         (x, cost), aux, new = self._layer.forward(*self._of(ahead.first + i), x)
@@ -141,6 +142,11 @@ class Stack:
 def when(condition: Bool[Array, ""], change: Callable[[Any], Any], carry: Any) -> Any:
     """``change(carry)`` where the condition holds, else ``carry``, in place: a loop of one turn or none."""
     return lax.fori_loop(0, condition.astype(jnp.int32), lambda _, carry: change(carry), carry)
+
+
+def wide(weights: Any) -> Any:
+    """Weights in float32; where a product narrows them again, XLA does neither."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
 
 
 def ring(lead: tuple[int, ...], shape: Any) -> Array:
