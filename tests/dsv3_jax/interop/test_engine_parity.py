@@ -20,7 +20,7 @@ def test_sixty_four_prompts_continue_as_theirs(name, hf_families, oracle, tmp_pa
     jobs = []
     for length in LENGTHS:
         prompt = rng.integers(0, family.config["vocab_size"], (8, length))
-        np.savez(tmp_path / f"{length}.npz", tokens=prompt, prompt=prompt)
+        np.savez(tmp_path / f"{length}.npz", tokens=rng.integers(0, 9, (1, 8)), prompt=prompt)
         out = tmp_path / f"{length}.out.npz"
         jobs.append(
             {"do": "read", "folder": family.folder, "tokens": tmp_path / f"{length}.npz", "out": out, "greedy": NEW}
