@@ -6,7 +6,8 @@ Cold is CUPTI's time of the main kernel after a rest with inputs out of the cach
 which combines; sustained is a whole call among 150 ms of calls back to back that rotate over 200 MB of inputs, with a
 schedule made before, as the peer's is and as the layers of a model share one. ``alone``: with a schedule of its own.
 GB/s counts queries, cache and output once, FLOPs all heads' two products over every token. ``peer``: FlashMLA's time
-over ours on an H200, above 1 is faster. ``xla``: the portable path's sustained time over ours.
+over ours on an H200, above 1 is faster. ``xla``: the portable path's sustained time over ours. ``shared``: two thread
+blocks fetch the keys they both need once.
 """
 
 import functools
@@ -77,7 +78,7 @@ def operands_of(case: Case, key: Array) -> Operands:
 class Bench(bench_table.Rows):
     """Measures cases."""
 
-    def run(self, case: Case, peer: tuple[float, float] | None, *, with_xla: bool) -> None:
+    def run(self, case: Case, peer: tuple[float, float] | None, *, share: bool, with_xla: bool) -> None:
         """One line: ours, against the peer and the portable path."""
         moved = case.bytes()
         floor_us = max(case.flops / 1e9, moved / 4.2e6)
@@ -86,18 +87,20 @@ class Bench(bench_table.Rows):
         sets = [first] + [operands_of(case, jax.random.key(i)) for i in range(1, count)]
         planned = [(*operands, *jax.jit(_plan)(operands)) for operands in sets]
         outs = [jnp.zeros(first[0].shape, jnp.bfloat16) for _ in sets]
-        row: dict[str, Any] = {"case": case.name}
-        one = jax.jit(_kernel)
+        row: dict[str, Any] = {"case": case.name + " shared" * share}
+        kernel = functools.partial(_kernel, share=share)
+        one = jax.jit(kernel)
         once = jax.jit(lambda sets, _: [one(operands, None) for operands in sets])
         row["error"] = self._error(once(planned, None)[0], first)
         for entry, name in (("us", "mla_decode"), ("combine_us", "mla_combine")):
             times = [timing.burst(once, planned, None, name)[0] for _ in range(max(1, 5 // count))]
             row[entry] = float(np.median(times))
-        looped = timing.loop(_kernel, planned, outs, False, floor_us)
+        looped = timing.loop(kernel, planned, outs, False, floor_us)
         row["copies"] = len(re.findall(r"= bf16\[[\d,]{5,}\]\S* copy\(", looped[0].as_text()))
         row["sustained_us"], outs = timing.sustained(looped, planned, outs)
-        alone = timing.loop(_call("pallas"), sets, outs, False, floor_us)
-        row["alone_us"], outs = timing.sustained(alone, sets, outs)
+        if not share:
+            alone = timing.loop(_call("pallas"), sets, outs, False, floor_us)
+            row["alone_us"], outs = timing.sustained(alone, sets, outs)
         for prefix in ("", "sustained_"):
             row[f"{prefix}tflops"] = case.flops / row[f"{prefix}us"] / 1e6
             row[f"{prefix}gbs"] = moved / row[f"{prefix}us"] / 1e3
@@ -124,8 +127,10 @@ def _plan(operands: Operands) -> schedule.Schedule:
     return pallas_sm90.plan(q_BTNC, latent_PSC, table_BX, first_B)
 
 
-def _kernel(operands: Operands, _: Array | None) -> Array:
-    return pallas_sm90.paged_attention(*operands[:6], schedule.Schedule(operands[6], operands[7]), scale=_SCALE)
+def _kernel(operands: Operands, _: Array | None, *, share: bool) -> Array:
+    q, q_rope, latents, keys, table, first, start, work = operands
+    planned = schedule.Schedule(start, work)
+    return pallas_sm90.paged_attention(q, q_rope, latents, keys, table, first, planned, scale=_SCALE, share=share)
 
 
 def _call(implementation: Implementation) -> timing.Call:
@@ -134,13 +139,14 @@ def _call(implementation: Implementation) -> timing.Call:
 
 
 def _line(row: dict[str, Any]) -> str:
-    line = f"{row['case']:<17}"
+    line = f"{row['case']:<22}"
     for prefix, word, ratio in (("", "cold", "to_peer"), ("sustained_", "  sustained", "sustained_to_peer")):
         line += f" {word} {row[f'{prefix}us']:7.1f}"
         line += f" + {row['combine_us']:4.1f} us" if not prefix else " us"
         line += f" {row[f'{prefix}tflops']:4.0f} TFLOP/s {row[f'{prefix}gbs']:5.0f} GB/s"
         line += f" {row[ratio]:.2f}x peer" if ratio in row else ""
-    line += f"  alone {row['alone_us']:.1f} us" + (f", {row['copies']} copies" if row["copies"] else "")
+    line += f"  {row['copies']} copies" if row["copies"] else ""
+    line += f"  alone {row['alone_us']:.1f} us" if "alone_us" in row else ""
     line += f"  {row['xla_us'] / row['sustained_us']:.1f}x xla" if "xla_us" in row else ""
     return f"{line}  error {row['error']:.1e}"
 
@@ -154,8 +160,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     bench = Bench(options.json, options.seconds)
     for case, peer in list(benched().items())[: QUICK if options.quick else None]:
-        if not options.case or any(part in case.name for part in options.case):
-            bench.guard(case.name, functools.partial(bench.run, case, peer, with_xla=not options.no_xla))
+        if options.case and not any(part in case.name for part in options.case):
+            continue
+        for share in (False, True) if case.queries * case.heads % 128 == 0 else (False,):
+            with_xla = not (share or options.no_xla)
+            bench.guard(case.name, functools.partial(bench.run, case, peer, share=share, with_xla=with_xla))
 
 
 if __name__ == "__main__":

@@ -174,6 +174,10 @@ def _attend(
         part, tile = lax.div(sm, tiles), lax.rem(sm, tiles)
         my_rows = pl.ds(tile * TILE, tile_rows)
 
+        def unknown_zero(number: Any) -> Any:
+            """Zero, but the compiler does not see that an address with it in it never changes."""
+            return lax.shift_right_arithmetic(number, 30)
+
         def piece(b: Any) -> tuple[Any, Any]:
             """The blocks of sequence b that are this part's."""
             start = start_ref[b]
@@ -192,8 +196,8 @@ def _attend(
                 plgpu.barrier_wait(q_empty)
                 for i in range(4):
                     q_from = q_ref.at[b, my_rows, pl.ds(i * quarter, quarter)]
-                    plgpu.copy_gmem_to_smem(q_from, q_smem.at[i, pl.ds(0, tile_rows)], q_full)
-                plgpu.copy_gmem_to_smem(q_rope_ref.at[b, my_rows], q_rope_smem.at[0, pl.ds(0, tile_rows)], q_full)
+                    plgpu.copy_gmem_to_smem(q_from, q_smem.at[i, pl.ds(0, tile_rows)], q_full.at[0])
+                plgpu.copy_gmem_to_smem(q_rope_ref.at[b, my_rows], q_rope_smem.at[0, pl.ds(0, tile_rows)], q_full.at[0])
 
             def sequence(b: Any, slot: Any) -> Any:
                 begin, end = piece(b)
@@ -227,8 +231,7 @@ def _attend(
             def own_scores(slot: Any, j: Any, limit: Any, m: Any, denominator: Any) -> tuple[Any, Any]:
                 """Scores and softmax of the block in this warpgroup's slot, for both warpgroups to multiply by."""
 
-                # The compiler must not see that the addresses never change: it would keep 76 of them in registers.
-                zero = lax.shift_right_arithmetic(j, 30)
+                zero = unknown_zero(j)  # else 76 addresses are kept in registers
                 keys, rope = latent_smem.at[slot + zero], rope_smem.at[slot + zero]
 
                 def product(acc_ref: Any) -> Any:
@@ -293,7 +296,7 @@ def _attend(
                 def filled(shape: tuple[int, ...], value: float, layout: Any) -> Any:
                     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
-                plgpu.barrier_wait(q_full)
+                plgpu.barrier_wait(q_full.at[unknown_zero(b)])
                 nothing = filled((TILE, half), 0.0, plgpu.Layout.WGMMA), filled((TILE,), _LOWEST, _ROWS)
                 carry = (*nothing, filled((TILE,), 0.0, _ROWS), slot)
                 out, m, denominator, slot = lax.fori_loop(begin, end, block, carry)
@@ -365,7 +368,7 @@ def _attend(
             "latent_smem": tile_smem(_SLOTS, 2, BLOCK, half),
             "rope_smem": tile_smem(_SLOTS, BLOCK, ROPE),
             "stat_smem": plgpu.SMEM((_SLOTS, 2, TILE), jnp.float32),
-            "q_full": plgpu.Barrier(num_arrivals=5),
+            "q_full": plgpu.Barrier(num_arrivals=5, num_barriers=1),
             "q_empty": plgpu.Barrier(num_arrivals=_MATH_WARPGROUPS),
             "near_full": plgpu.Barrier(num_arrivals=1, num_barriers=_SLOTS),
             "far_full": plgpu.Barrier(num_arrivals=2, num_barriers=_SLOTS),

@@ -37,20 +37,23 @@ def check_against_reference(got, floats, table, first, scale):
     assert_close(got, reference.paged_attention(*wide, table, first, None, scale=scale))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize(
-    ("case", "sm_count"),
+    ("case", "sm_count", "share"),
     [
-        (DIVIDED, 3),
-        pytest.param(DRAFTED, 4, marks=pytest.mark.slow),
-        pytest.param(TWO_TILES, 6, marks=pytest.mark.slow),
-        pytest.param(WIDE, 1, marks=pytest.mark.slow),
+        (DIVIDED, 3, False),
+        pytest.param(DRAFTED, 4, False, marks=pytest.mark.slow),
+        pytest.param(TWO_TILES, 6, False, marks=pytest.mark.slow),
+        pytest.param(TWO_TILES, 4, True, marks=pytest.mark.slow),
+        pytest.param(WIDE, 1, False, marks=pytest.mark.slow),
     ],
     ids=lambda x: getattr(x, "name", None),
 )
-def test_results_in_the_interpreter_equal_the_definition_without_a_race(case, sm_count):
+def test_results_in_the_interpreter_equal_the_definition_without_a_race(case, sm_count, share):
     floats, table, first = arrays_of(case)
     interpret = plgpu.InterpretGPUParams(detect_races=True)
-    got = pallas_sm90.paged_attention(*floats, table, first, scale=0.02, sm_count=sm_count, interpret=interpret)
+    how = {"scale": 0.02, "share": share, "sm_count": sm_count, "interpret": interpret}
+    got = pallas_sm90.paged_attention(*floats, table, first, **how)
     jax.block_until_ready(got)
     assert not gpu_callbacks.get_races().races_found
     check_against_reference(got, floats, table, first, 0.02)
@@ -108,11 +111,23 @@ def test_what_the_kernel_cannot_do_is_named(monkeypatch, change, message):
         paged_attention(*(a.astype(jnp.float32) for a in floats), table, first, scale=1.0, implementation="pallas")
 
 
+def test_one_tile_cannot_share_its_keys():
+    with pytest.raises(ValueError, match="1 tiles of 8 rows cannot share in pairs"):
+        pallas_sm90.paged_attention(*arrays_of(DIVIDED)[0], *arrays_of(DIVIDED)[1:], scale=1.0, share=True)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [16, 20, 64, 128])
-@pytest.mark.parametrize("queries", [1, 2, 4])
 @pytest.mark.parametrize(
-    "lengths", [RAGGED.lengths, (9,), (4,) * 200, (300,) * 3], ids=("ragged", "one", "many", "few")
+    ("lengths", "queries", "heads"),
+    [
+        (RAGGED.lengths, 1, 128),
+        (RAGGED.lengths, 2, 16),
+        (RAGGED.lengths, 4, 20),
+        (RAGGED.lengths, 3, 64),
+        ((9,), 1, 16),
+        ((4,) * 200, 4, 16),
+        ((20000, 7), 1, 64),
+    ],
 )
 def test_results_on_hopper_equal_the_definition(lengths, queries, heads):
     case = Case("case", tuple(max(length, queries) for length in lengths), queries, heads)
@@ -120,8 +135,21 @@ def test_results_on_hopper_equal_the_definition(lengths, queries, heads):
     op = jax.jit(functools.partial(paged_attention, scale=0.02, implementation="pallas"))
     got = op(*floats, table, first)
     check_against_reference(got, floats, table, first, 0.02)
-    for _ in range(3):
+    for _ in range(20):
         np.testing.assert_array_equal(np.asarray(op(*floats, table, first)), np.asarray(got))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [1, 2])
+def test_blocks_that_share_keys_on_hopper_return_the_same(queries):
+    lengths = tuple(max(length, queries) for length in RAGGED.lengths)
+    floats, table, first = arrays_of(Case("case", lengths, queries, 128))
+    alone, shared = (
+        jax.jit(functools.partial(pallas_sm90.paged_attention, scale=0.02, share=share)) for share in (False, True)
+    )
+    expected = np.asarray(alone(*floats, table, first))
+    for _ in range(20):
+        np.testing.assert_array_equal(np.asarray(shared(*floats, table, first)), expected)
 
 
 @pytest.mark.gpu
@@ -136,11 +164,11 @@ def test_other_pages_and_latents_on_hopper_equal_the_definition(case):
 def test_no_kernel_spills_registers():
     program = (
         "import jax, jax.numpy as jnp\n"
-        "from pallas_kernels.paged_attention import paged_attention\n"
-        "for t, n in ((1, 16), (2, 16), (1, 64), (1, 128), (2, 128)):\n"
+        "from pallas_kernels.paged_attention.pallas_sm90 import paged_attention\n"
+        "for t, n, share in ((1, 16, 0), (2, 16, 0), (1, 64, 0), (1, 128, 0), (1, 128, 1), (2, 128, 1)):\n"
         "    q = [jnp.zeros((2, t, n, c), jnp.bfloat16) for c in (512, 64)]\n"
         "    pages = [jnp.zeros((9, 64, c), jnp.bfloat16) for c in (512, 64)]\n"
         "    table, first = jnp.zeros((2, 4), jnp.int32), jnp.array([70, 3], jnp.int32)\n"
-        "    jax.block_until_ready(paged_attention(*q, *pages, table, first, scale=1.0, implementation='pallas'))\n"
+        "    jax.block_until_ready(paged_attention(*q, *pages, table, first, scale=1.0, share=bool(share)))\n"
     )
-    assert spilled_bytes(program) == [0] * 10
+    assert spilled_bytes(program) == [0] * 12
