@@ -35,8 +35,9 @@ class Options(Loading):
     """Sequences that may stand in line behind those that run."""
     max_seconds: float = 600.0
     """How long a request may take."""
-    compile_first: bool = True
-    """Compile every program before the first request is taken."""
+    compile_first: bool = False
+    """Compile the programs of every size before the first request is taken, which takes minutes; without it each is
+    compiled when it is first needed."""
     log: Literal["critical", "error", "warning", "info", "debug"] = "info"
     """What the HTTP server tells on stderr, from that level on."""
 
