@@ -1,5 +1,8 @@
 """A conversation's ids are those of the template that travels with the weights, and content stays content."""
 
+import json
+
+import jinja2
 import pytest
 
 from dsv3_jax.config import ConfigError
@@ -33,10 +36,9 @@ CHATS = {
 
 
 def rendered(messages, thinking):
-    jinja2 = pytest.importorskip("jinja2", reason="the template's own language, which the notebooks' packages bring")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-    environment.filters["tojson"] = lambda value: __import__("json").dumps(value, ensure_ascii=False)
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     for message in messages:
         message.setdefault("content", "")
