@@ -167,6 +167,7 @@ def _attend(
         far_full: Any,
         empty: Any,
         ready: Any,
+        met: Any,
     ) -> None:
         warpgroup, sm = lax.axis_index("warpgroup"), lax.axis_index("sm")
         if cluster > 1:
@@ -228,7 +229,10 @@ def _attend(
             for slot in range(_SLOTS):
                 plgpu.barrier_arrive(empty.at[2 * slot + warpgroup])
 
-            def own_scores(slot: Any, j: Any, limit: Any, m: Any, denominator: Any) -> tuple[Any, Any]:
+            def filled(shape: tuple[int, ...], value: float, layout: Any) -> Any:
+                return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+            def own_scores(slot: Any, j: Any, limit: Any, m: Any) -> tuple[Any, Any]:
                 """Scores and softmax of the block in this warpgroup's slot, for both warpgroups to multiply by."""
 
                 zero = unknown_zero(j)  # else 76 addresses are kept in registers
@@ -249,17 +253,14 @@ def _attend(
                 m_new = jnp.maximum(m, scores.max(axis=1) * to_log2)
                 p = jnp.exp2(scores * to_log2 - lax.broadcast_in_dim(m_new, scores.shape, [0]))
                 rope[...] = p.astype(jnp.bfloat16)
-                denominator = denominator * jnp.exp2(m - m_new) + p.sum(axis=1)
-                stat_smem.at[slot, 0][...] = m_new
-                stat_smem.at[slot, 1][...] = denominator
+                stat_smem.at[slot][...] = m_new
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready.at[slot])
-                return m_new, denominator
+                return m_new, p.sum(axis=1)
 
             def others_scores(slot: Any) -> tuple[Any, Any]:
                 plgpu.barrier_wait(ready.at[slot])
-                load = functools.partial(plgpu.load, layout=_ROWS)
-                return load(stat_smem.at[slot, 0]), load(stat_smem.at[slot, 1])
+                return plgpu.load(stat_smem.at[slot], layout=_ROWS), filled((TILE,), 0.0, _ROWS)
 
             def blank(values: Any, count: Any) -> None:
                 """Zeros behind a sequence's last token: what lies there may be infinite."""
@@ -278,28 +279,30 @@ def _attend(
 
                 def block(j: Any, carry: Any) -> Any:
                     out, m, denominator, slot = carry
-                    m_new, denominator = lax.cond(
+                    m_new, added = lax.cond(
                         slot == warpgroup,
-                        lambda m, denominator: own_scores(slot, j, limit, m, denominator),
-                        lambda m, denominator: others_scores(slot),
+                        lambda m: own_scores(slot, j, limit, m),
+                        lambda m: others_scores(slot),
                         m,
-                        denominator,
                     )
+                    change = jnp.exp2(m - m_new)
+                    denominator = denominator * change + added
                     values = latent_smem.at[slot, warpgroup]
                     count = first + queries - j * BLOCK
                     pl.when(count < BLOCK)(lambda: blank(values, count))
-                    out = out * lax.broadcast_in_dim(jnp.exp2(m - m_new), out.shape, [0])
+                    out = out * lax.broadcast_in_dim(change, out.shape, [0])
                     out = _plus_product(out, rope_smem.at[slot], values, interpret)
                     plgpu.barrier_arrive(empty.at[2 * slot + warpgroup])
                     return out, m_new, denominator, 1 - slot
 
-                def filled(shape: tuple[int, ...], value: float, layout: Any) -> Any:
-                    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
                 plgpu.barrier_wait(q_full.at[unknown_zero(b)])
                 nothing = filled((TILE, half), 0.0, plgpu.Layout.WGMMA), filled((TILE,), _LOWEST, _ROWS)
                 carry = (*nothing, filled((TILE,), 0.0, _ROWS), slot)
-                out, m, denominator, slot = lax.fori_loop(begin, end, block, carry)
+                out, m, own_sum, slot = lax.fori_loop(begin, end, block, carry)
+                stat_smem.at[_SLOTS + warpgroup][...] = own_sum
+                plgpu.barrier_arrive(met)
+                plgpu.barrier_wait(met)
+                denominator = own_sum + plgpu.load(stat_smem.at[_SLOTS + 1 - warpgroup], layout=_ROWS)
 
                 def leave(*places: Any) -> None:
                     """Copies what is staged in this warpgroup's two quarters."""
@@ -367,13 +370,14 @@ def _attend(
             "q_rope_smem": tile_smem(1, TILE, ROPE),
             "latent_smem": tile_smem(_SLOTS, 2, BLOCK, half),
             "rope_smem": tile_smem(_SLOTS, BLOCK, ROPE),
-            "stat_smem": plgpu.SMEM((_SLOTS, 2, TILE), jnp.float32),
+            "stat_smem": plgpu.SMEM((_SLOTS + _MATH_WARPGROUPS, TILE), jnp.float32),
             "q_full": plgpu.Barrier(num_arrivals=5, num_barriers=1),
             "q_empty": plgpu.Barrier(num_arrivals=_MATH_WARPGROUPS),
             "near_full": plgpu.Barrier(num_arrivals=1, num_barriers=_SLOTS),
             "far_full": plgpu.Barrier(num_arrivals=2, num_barriers=_SLOTS),
             "empty": empty_type(num_arrivals=1, num_barriers=2 * _SLOTS),
             "ready": plgpu.Barrier(num_arrivals=1, num_barriers=_SLOTS),
+            "met": plgpu.Barrier(num_arrivals=_MATH_WARPGROUPS),
         },
         grid=(parts * tiles // cluster,),
         grid_names=("sm",),
