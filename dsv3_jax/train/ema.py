@@ -194,7 +194,8 @@ def _assembled(leaf: jax.ShapeDtypeStruct, place: NamedSharding, parts: dict[Any
     pieces, shape = [], leaf.shape
     for device, index in place.addressable_devices_indices_map(shape).items():
         there = jax.sharding.SingleDeviceSharding(device, memory_kind=_HOST)
-        pieces.append(jax.device_put(parts[_place(index or (), shape)], there, may_alias=False))
+        # JAX may read what it is given later, or keep it: a copy that nobody changes.
+        pieces.append(jax.device_put(parts[_place(index or (), shape)].copy(), there))
     return jax.make_array_from_single_device_arrays(shape, place.with_memory_kind(_HOST), pieces)
 
 

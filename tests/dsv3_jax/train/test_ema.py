@@ -174,6 +174,18 @@ def test_steps_that_are_not_finite_leave_the_average_alone():
     exactly_same(average.plain(), before)
 
 
+def test_what_is_saved_shares_no_memory_with_what_goes_on():
+    average = MovingAverage(CONFIG, micro.train_state(CONFIG).params)
+    saved, before = average.plain(), [{key: part.copy() for key, part in parts.items()} for parts in average._parts]
+    for parts in average._parts:
+        for part in parts.values():
+            part.fill(np.nan)
+    for leaf, parts in zip(jax.tree.leaves(saved), before, strict=True):
+        for shard in leaf.addressable_shards:
+            place = tuple(cut.indices(size)[:2] for cut, size in zip(shard.index, leaf.shape, strict=True))
+            np.testing.assert_array_equal(shard.data, parts[place])
+
+
 def test_every_third_step_counts_for_three():
     config = replace(CONFIG, train={"ema_every": 3})
     steps = Steps(config)
