@@ -50,6 +50,8 @@ def paged_attention(
     if in_fp8 != (scale_PSX is not None):
         raise ValueError(f"paged_attention: latents of {latent_PSC.dtype} {'need' if in_fp8 else 'have no'} scales")
     obstacle = pallas_sm90.obstacle(q_BTNC, latent_PSC, key_PSR, MOST_QUERIES)
+    if implementation == "auto" and not obstacle:
+        obstacle = "its tests have not run on a GPU yet, so it must be asked for by name"
     operands = (q_BTNC, q_BTNR, latent_PSC, key_PSR, table_BX, first_B)
     if dispatch.choose("paged_attention", implementation, {"pallas": obstacle}) == "pallas":
         return pallas_sm90.paged_attention(*operands, scale=scale)
