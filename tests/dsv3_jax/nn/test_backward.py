@@ -1,5 +1,7 @@
 """Backward passes written by hand: the gradients of the formula, from less than JAX would keep."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +37,7 @@ def logits_formula(x, kernel):
 
 def experts_formula(gate_up, down, x, weights):
     """Every expert on every token, the unchosen with weight 0; one expert has no token and one choice is dropped."""
-    product = lambda formula, *operands: jnp.einsum(formula, *operands, precision=lax.Precision.HIGHEST)  # noqa: E731
+    product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
     out = product("tei,eid->ted", swiglu_formula(product("td,edi->tei", x, gate_up)), down)
     return product("tke,tk,ted->td", jax.nn.one_hot(CHOSEN, EXPERTS), weights, out)
 
