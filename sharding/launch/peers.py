@@ -21,6 +21,8 @@ from typing import Any
 
 _LONGEST = 1 << 20
 """Bytes of one message: what is longer comes from a stranger."""
+_GRACE_SECONDS = 1.0
+"""How much later than the failure of an exchange the end of the other process may be noticed."""
 
 
 class Link:
@@ -138,7 +140,7 @@ class Peers(Alone):
         self._links = dict(links)
         self._peer_seconds, self._save_seconds = peer_seconds, save_seconds
         self._changed = threading.Condition()
-        self._over = False
+        self._over = self._ending = False
         self._turns = self._turns_taken = 0
         self._begun, self._held = 0, False
         self._asked_by: int | None = None
@@ -212,11 +214,17 @@ class Peers(Alone):
         self.finished = True
 
     def fail(self, line: str) -> None:
-        """This process ends with an error: every other ends too, and says whose it was."""
+        """This process ends with an error: every other ends too, and says whose it was.
+
+        Where another process is found to be gone, that is the cause, and the watching thread ends this one with it.
+        """
         with self._changed:
-            if self._over or self.left:
+            if self.left or (self._over and not self._ending):
                 return
+            self._changed.wait_for(lambda: self._ending, _GRACE_SECONDS)
             self._over = True
+        if self._ending:
+            self._thread.join()
         self._tell_everyone(f"{self.name(self.index)} failed: {line}", advise=False)
         time.sleep(0.2)
 
@@ -360,7 +368,8 @@ class Peers(Alone):
         with self._changed:
             if self._over:
                 return
-            self._over = True
+            self._over = self._ending = True
+            self._changed.notify_all()
         told = [line, *filter(None, [self.advice() if advise else ""])]
         # Not print: the main thread may be inside one.
         shown = "\x1b[?25h\n" if sys.stderr.isatty() else ""

@@ -40,10 +40,11 @@ def _connect(near: socket.socket, host: str, port: int) -> None:
 
 
 def _forward(source: socket.socket, target: socket.socket, hangs_up: bool) -> None:
-    """What JAX's client closes is closed; what the service closes is not."""
+    """What JAX's client closes is closed; what the service closes, or no longer takes, is not."""
     with contextlib.suppress(OSError):
         while data := source.recv(1 << 16):
-            target.sendall(data)
+            with contextlib.suppress(OSError):
+                target.sendall(data)
     if hangs_up:
         for connection in (source, target):
             with contextlib.suppress(OSError):

@@ -236,6 +236,7 @@ def test_the_death_of_process_0_ends_the_other_with_one_line(config, begun, tmp_
     assert status_1 == 1, errors_1
     assert took < 10
     newest = list_checkpoints(out / "checkpoints")[-1]
+    assert len(own_lines(errors_1)) == 1, errors_1
     (line,) = own_lines(errors_1)
     assert line.startswith(f"dsv3: error: process 0 of 2 ({socket.gethostname()}) is gone: its connection closed; ")
     assert line.endswith(f"the newest complete checkpoint is {newest}; the same command goes on from it")

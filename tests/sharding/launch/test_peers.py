@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 HOST = socket.gethostname()
 MEMBER = """
-import os, sys, time
+import os, signal, sys, time
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 from sharding.launch.meeting import LaunchError, join
 from sharding.launch.place import Launch, Place
 port, count, index, act, settings = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
@@ -49,6 +50,11 @@ elif act == "fails":
         peers.fail("no space left")
         sys.exit(1)
     time.sleep(60)
+elif act == "fails when told":
+    signal.sigwait([signal.SIGUSR1])
+    peers.fail("a save was not complete")
+    print("a second line", file=sys.stderr)
+    sys.exit(1)
 elif act == "waits":
     time.sleep(60)
 peers.leave()
@@ -143,6 +149,18 @@ def test_one_process_s_error_is_the_others_last_line():
     assert [status for status, _, _ in ended] == [1, 1, 1]
     line = f"dsv3: error: process 2 of 3 ({HOST}) failed: no space left\n"
     assert [errors for _, _, errors in ended] == [line, line, ""]
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.1])
+def test_an_error_that_another_s_death_causes_is_not_told_beside_it(pause):
+    with job(2, "fails when told") as running:
+        running.joined()
+        running[0].kill()
+        time.sleep(pause)
+        running[1].send_signal(signal.SIGUSR1)
+        _, errors = running[1].communicate(timeout=60)
+    assert running[1].returncode == 1
+    assert errors == f"dsv3: error: process 0 of 2 ({HOST}) is gone: its connection closed; checkpoint 7\n"
 
 
 def test_who_does_not_save_in_time_ends_the_job():
