@@ -274,6 +274,11 @@ class MeshConfig:
     schedule: Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"] = "1f1b"
     """Of the pipeline, where ``pipe`` is above 1; see ``sharding.pipeline``. ``dualpipe`` holds two chunks of the model
     on each device; ``dualpipev`` cuts the model into twice as many stages, two a device."""
+    waiting: int = -1
+    """Most passes of a device whose weight gradients may wait at one time, under the schedules that put them off
+    (``zb1p``, ``dualpipe``, ``dualpipev``); -1 is as many as the schedule puts off, half as many as there are stages
+    under the two-way ones. Each waiting pass keeps its layers' activations and their gradients; ``dsv3 plan pipeline``
+    shows what a bound saves and costs."""
     cluster: str = ""
     """Preset of configs/cluster whose layout gives the axes that are not given otherwise."""
     transport: Literal["padded", "counted", "ring", "two_hop"] = "counted"

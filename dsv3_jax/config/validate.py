@@ -261,6 +261,10 @@ def _validate_pipeline(mesh: MeshConfig, train: TrainConfig, model: ModelConfig)
         not train.unroll,
         f"train.unroll = true needs mesh.pipe = 1, not {ranks}: stages run their layers in a loop; set it false",
     )
+    _require(
+        mesh.waiting >= -1,
+        f"mesh.waiting = {mesh.waiting} must be -1 (as many weight gradients as the schedule puts off), 0 or more",
+    )
     if schedule not in ("dualpipe", "dualpipev"):
         return
     micro_batches = (

@@ -92,7 +92,7 @@ def plan_pipeline(config: Config, times: PassTimes | None = None, micro_batches:
         if refused[name]:
             continue
         memory = plan_memory(config, schedule=name)
-        schedule = make_schedule(name, mesh.pipe, count)
+        schedule = make_schedule(name, mesh.pipe, count, mesh.waiting)
         costs = _costs(config, times, schedule.n_stages)
         found.append(
             SchedulePlan(

@@ -32,8 +32,8 @@ class Stages:
     """Of these, passes of the first stage."""
 
 
-def stages_of(model: ModelConfig, pipe: int, schedule: Schedule, micro_batches: int) -> Stages:
-    """The stages of ``pipe`` ranks; one rank is no pipeline, whatever the schedule.
+def stages_of(model: ModelConfig, pipe: int, schedule: Schedule, micro_batches: int, waiting: int = -1) -> Stages:
+    """The stages of ``pipe`` ranks; one rank is no pipeline, whatever the schedule. ``waiting`` is ``mesh.waiting``.
 
     Raises:
         ConfigError: the schedule cannot be made for so many ranks and micro-batches; one line.
@@ -41,14 +41,14 @@ def stages_of(model: ModelConfig, pipe: int, schedule: Schedule, micro_batches: 
     layers = model.n_moe_layers
     if pipe == 1:
         return Stages(layers, layers, layers, 1, 1)
-    reason = supported(schedule, pipe, micro_batches)
+    reason = supported(schedule, pipe, micro_batches, waiting)
     if reason:
         raise ConfigError(f"mesh.schedule: {reason}")
     chunk = -(-layers // (2 * pipe if schedule == "dualpipev" else pipe))
     stored = 2 * chunk if schedule == "dualpipev" else chunk
     held = 2 * chunk if schedule in ("dualpipe", "dualpipev") else chunk
     # But for GPipe's, rings do not grow with more micro-batches than this (tests).
-    slots = _slots(schedule, pipe, micro_batches if schedule == "gpipe" else min(micro_batches, 4 * pipe))
+    slots = _slots(schedule, pipe, micro_batches if schedule == "gpipe" else min(micro_batches, 4 * pipe), waiting)
     return Stages(stored, held, chunk, slots.residual, slots.first, slots.deferred, slots.deferred_first)
 
 
@@ -60,5 +60,5 @@ def layers_of_stages(model: ModelConfig, seq_len: int, stages: int) -> tuple[int
 
 
 @functools.cache
-def _slots(schedule: Schedule, pipe: int, micro_batches: int) -> Slots:
-    return table(make_schedule(schedule, pipe, micro_batches)).slots
+def _slots(schedule: Schedule, pipe: int, micro_batches: int, waiting: int) -> Slots:
+    return table(make_schedule(schedule, pipe, micro_batches, waiting)).slots

@@ -51,7 +51,8 @@ def step_table(config: Config, micro_batches: int) -> Table:
         ConfigError: the schedule cannot be made for so many; one line.
     """
     try:
-        return table(make_schedule(config.mesh.schedule, config.mesh.pipe, micro_batches))
+        mesh = config.mesh
+        return table(make_schedule(mesh.schedule, mesh.pipe, micro_batches, mesh.waiting))
     except ValueError as error:
         raise ConfigError(f"mesh.schedule: {error}") from error
 

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from sharding.pipeline.actions import Action, Kind
 from sharding.pipeline.one_way import gpipe, one_f_one_b, zb1p
 from sharding.pipeline.two_way import dualpipe, dualpipev
+from sharding.pipeline.waiting import UNBOUNDED, bounded
 
 __all__ = ["NAMES", "Action", "Kind", "Name", "Schedule", "make_schedule", "supported"]
 
@@ -42,6 +43,8 @@ class Schedule:
     n_stages: int
     actions: tuple[tuple[Action, ...], ...]
     """By rank."""
+    waiting: int = UNBOUNDED
+    """Most passes of a rank whose weight gradients may wait at one time; see :func:`bounded`."""
 
     def chunk_of(self, stage: int, micro: int) -> tuple[int, int]:
         """Rank and chunk that a micro-batch meets a stage on."""
@@ -53,7 +56,7 @@ class Schedule:
         return (stage if chunk == 0 else self.stage_of[0][1] - stage), chunk
 
 
-def supported(name: str, ranks: int, micro_batches: int) -> str:
+def supported(name: str, ranks: int, micro_batches: int, waiting: int = UNBOUNDED) -> str:
     """Why a schedule cannot be made, in one line; empty where it can."""
     if name not in NAMES:
         return f"schedule {name!r} is not known; there is {', '.join(NAMES)}"
@@ -65,21 +68,25 @@ def supported(name: str, ranks: int, micro_batches: int) -> str:
         return f"dualpipe needs an even number of micro-batches, not {micro_batches}: half of them from each end"
     if name in ("dualpipe", "dualpipev") and micro_batches < 2 * ranks:
         return f"{name} on {ranks} ranks needs {2 * ranks} micro-batches at least, not {micro_batches}"
+    if waiting < UNBOUNDED:
+        return f"waiting = {waiting} must be -1 (as many weight gradients as {name} puts off), 0 or more"
     return ""
 
 
-def make_schedule(name: str, ranks: int, micro_batches: int) -> Schedule:
+def make_schedule(name: str, ranks: int, micro_batches: int, waiting: int = UNBOUNDED) -> Schedule:
     """The schedule of that name (spec 13.1).
 
     Args:
         name: one of :data:`NAMES`.
         ranks: of the pipeline.
         micro_batches: of one optimizer step on one lane of the pipeline.
+        waiting: most passes of a rank whose weight gradients may wait at one time; -1: as many as the schedule puts
+            off. ``gpipe`` and ``1f1b`` put off none.
 
     Raises:
         ValueError: what :func:`supported` says, one line.
     """
-    reason = supported(name, ranks, micro_batches)
+    reason = supported(name, ranks, micro_batches, waiting)
     if reason:
         raise ValueError(reason)
     stages = 2 * ranks if name == "dualpipev" else ranks
@@ -91,5 +98,6 @@ def make_schedule(name: str, ranks: int, micro_batches: int) -> Schedule:
         chunks=2 if two else 1,
         stage_of=tuple((rank, stages - 1 - rank) if two else (rank,) for rank in range(ranks)),
         n_stages=stages,
-        actions=tuple(tuple(_ORDERS[name](rank, ranks, micro_batches)) for rank in range(ranks)),
+        actions=tuple(tuple(bounded(_ORDERS[name](rank, ranks, micro_batches), waiting)) for rank in range(ranks)),
+        waiting=waiting,
     )

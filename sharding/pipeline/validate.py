@@ -5,6 +5,7 @@ from collections import Counter, deque
 from sharding.pipeline.actions import BACKWARD, DEFERRING, FORWARD, Action, Kind
 from sharding.pipeline.schedule import Schedule
 from sharding.pipeline.simulate import simulate
+from sharding.pipeline.waiting import UNBOUNDED
 
 _PARTS = {
     Kind.F: (True, False),
@@ -21,8 +22,9 @@ def validate(schedule: Schedule) -> None:
     """Check a schedule by its lists alone.
 
     Every stage has one forward and one backward pass of every micro-batch, on the rank and chunk that hold it; weight
-    gradients that were put off are made once each, the oldest first; some order in time does all of it; and no
-    rank has more passes under way than :func:`in_flight_bound`.
+    gradients that were put off are made once each, the oldest first, and no more of them wait at one time than the
+    schedule says; some order in time does all of it; and no rank has more passes under way than
+    :func:`in_flight_bound`.
 
     Raises:
         ValueError: the first of these that does not hold; one line.
@@ -77,6 +79,11 @@ def _check_weights(schedule: Schedule, rank: int, actions: tuple[Action, ...]) -
     for action in actions:
         if action.kind in DEFERRING:
             waiting.append((action.b_chunk, action.b_micro))
+            if schedule.waiting != UNBOUNDED and len(waiting) > schedule.waiting:
+                raise ValueError(
+                    f"{_at(schedule, rank)}: after {action} {len(waiting)} weight gradients wait, "
+                    f"at most {schedule.waiting} may"
+                )
         elif action.kind == Kind.W:
             if not waiting:
                 raise ValueError(f"{_at(schedule, rank)}: {action} has no weight gradient to make")

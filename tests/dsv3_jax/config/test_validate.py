@@ -111,6 +111,10 @@ def test_an_architecture_that_cannot_be_is_refused(changes, expected):
             "train.unroll = true needs mesh.pipe = 1, not 2: stages run their layers in a loop; set it false",
         ),
         (
+            {"mesh": {"pipe": 2, "waiting": -2}},
+            "mesh.waiting = -2 must be -1 (as many weight gradients as the schedule puts off), 0 or more",
+        ),
+        (
             {"mesh": {"pipe": 3, "schedule": "dualpipe"}},
             "mesh.schedule = 'dualpipe' needs an even mesh.pipe, not 3: micro-batches enter at both ends",
         ),

@@ -8,22 +8,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.pipeline import NAMES, Action, Kind, Schedule, make_schedule, supported, validate
+from sharding.pipeline import NAMES, Action, Kind, Schedule, make_schedule, supported, table, validate
 from sharding.pipeline.actions import backward, forward, weight
 from sharding.pipeline.two_way import step_counts
 
 
 @pytest.mark.parametrize("name", NAMES)
-@given(ranks=st.integers(1, 9), micro_batches=st.integers(1, 24))
-@settings(max_examples=15, deadline=None, derandomize=True)
-def test_every_schedule_that_is_supported_is_valid(name, ranks, micro_batches):
-    reason = supported(name, ranks, micro_batches)
+@given(ranks=st.integers(1, 9), micro_batches=st.integers(1, 24), waiting=st.integers(-2, 4))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_every_schedule_that_is_supported_is_valid(name, ranks, micro_batches, waiting):
+    reason = supported(name, ranks, micro_batches, waiting)
     if not reason:
-        validate(make_schedule(name, ranks, micro_batches))
+        validate(make_schedule(name, ranks, micro_batches, waiting))
     else:
         assert "\n" not in reason
         with pytest.raises(ValueError, match=re.escape(reason)):
-            make_schedule(name, ranks, micro_batches)
+            make_schedule(name, ranks, micro_batches, waiting)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,26 @@ def test_lists_follow_the_step_counts(name):
         assert kinds[Kind.B] + kinds[Kind.BX] == three + five + 2 * six + seven + alone
 
 
+@pytest.mark.parametrize(("name", "ranks"), [("zb1p", 8), ("dualpipe", 8), ("dualpipev", 4)])
+def test_a_bound_moves_weight_gradients_and_nothing_else(name, ranks):
+    def passes(schedule, *kinds):
+        return [[a[1:] for a in actions if a.kind in kinds] for actions in schedule.actions]
+
+    free = make_schedule(name, ranks, 20)
+    assert make_schedule(name, ranks, 20, 100) == replace(free, waiting=100)
+    for most in (1, 2, 3):
+        made = make_schedule(name, ranks, 20, most)
+        assert table(made).slots.deferred == most < table(free).slots.deferred
+        assert passes(made, *set(Kind) - {Kind.W}) == passes(free, *set(Kind) - {Kind.W})
+        assert passes(made, Kind.W) == passes(free, Kind.W), "in the same order"
+    none = make_schedule(name, ranks, 20, 0)
+    kinds = {action.kind for actions in none.actions for action in actions}
+    assert not kinds & {Kind.BX, Kind.W}
+    assert table(none).slots.deferred == 0
+    if name == "zb1p":
+        assert none.actions == make_schedule("1f1b", ranks, 20).actions
+
+
 def test_dualpipe_s_halves_mirror_each_other():
     schedule = make_schedule("dualpipe", 8, 20)
 
@@ -99,6 +119,13 @@ def test_one_f_one_b_by_hand():
         (forward(0, 0), forward(0, 1), backward(0, 0), backward(0, 1)),
         (forward(0, 0), backward(0, 0), forward(0, 1), backward(0, 1)),
     )
+
+
+def test_more_weight_gradients_that_wait_than_may_are_found():
+    late = make_schedule("zb1p", 4, 8)
+    validate(replace(late, waiting=4))
+    with pytest.raises(ValueError, match=r"rank 3: after Action\(.*\) 4 weight gradients wait, at most 3 may"):
+        validate(replace(late, waiting=3))
 
 
 def _changed(schedule: Schedule, rank: int, change) -> Schedule:

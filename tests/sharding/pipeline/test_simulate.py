@@ -28,6 +28,19 @@ def test_dualpipev_is_dualpipe_on_half_the_ranks(ranks, micro_batches):
     assert set(found.in_flight) == {2 * ranks + 1}
 
 
+@pytest.mark.parametrize(
+    ("name", "ranks", "times"),
+    [
+        ("dualpipe", 16, {-1: 374, 4: 376, 2: 377, 1: 378, 0: 394}),
+        ("dualpipev", 8, {-1: 734, 4: 736, 2: 737, 1: 738, 0: 754}),
+        ("zb1p", 16, {-1: 375, 4: 387, 2: 389, 1: 390, 0: 405}),
+    ],
+)
+def test_what_a_bound_of_waiting_weight_gradients_costs(name, ranks, times):
+    """One of eight that DualPipe puts off buys four fifths of what they buy."""
+    assert {waiting: simulate(make_schedule(name, ranks, 120, waiting)).makespan for waiting in times} == times
+
+
 def test_dualpipe_with_other_costs_idles_a_little_less_than_the_formula():
     """Spec 13.1: F = 2, B = 5, W = 2, F&B = 6 on 8 ranks gives 11 to 13, by the formula 15."""
     costs = Costs(f=2.0, b=5.0, w=2.0, pair=6 / 7)
