@@ -61,9 +61,9 @@ def kept_by_block(model: ModelConfig, work: Work, remat: str, *, moe: bool) -> T
     return kept
 
 
-def put_off_by_block(model: ModelConfig, work: Work, *, moe: bool) -> Tensors:
-    """Bytes that one block keeps of a backward pass whose weight gradients are put off: inputs of its matrix products,
-    once each, and gradients of their outputs."""
+def put_off_by_block(model: ModelConfig, work: Work) -> Tensors:
+    """Bytes that one mixture-of-experts block keeps of a backward pass whose weight gradients are put off: inputs of
+    its matrix products, once each, and gradients of their outputs."""
     per_token, d = work.tokens * work.element, model.hidden_size
     heads, query, value = model.num_attention_heads, model.qk_head_dim, model.value_head_dim
     if model.attention == "mla":
@@ -72,8 +72,6 @@ def put_off_by_block(model: ModelConfig, work: Work, *, moe: bool) -> Tensors:
     else:
         latents, made = 0, heads * query + model.num_key_value_heads * (query + value)
     tensors = {"attention": per_token * (d + latents + heads * value + made + d)}
-    if not moe:
-        return tensors | {"network": per_token * (2 * d + 3 * model.intermediate_size)}
     _, rows = rows_of_experts(model, work)
     tensors["experts"] = rows * (2 * d + 3 * model.moe_intermediate_size) * work.element
     shared = model.n_shared_experts * model.moe_intermediate_size

@@ -189,14 +189,13 @@ def _plan(config: Config, sizes: dict[str, int], work: Work, micro_batches: int,
     }
     kinds = [("dense", False)] * (model.n_dense_layers > 0) + [("moe", True)] * (model.n_moe_layers > 0)
     kept = {name: kept_by_block(model, work, train.remat, moe=moe) for name, moe in kinds}
-    put_off = {name: sum(put_off_by_block(model, work, moe=moe).values()) for name, moe in kinds}
+    put_off = sum(put_off_by_block(model, work).values()) if model.n_moe_layers else 0
     backward = {
         "activations of MoE layers": stages.under_way * stages.chunk * sum(kept.get("moe", {}).values()),
         "activations of dense layers": stages.under_way_first
         * model.n_dense_layers
         * sum(kept.get("dense", {}).values()),
-        "weight gradients put off": stages.put_off * stages.chunk * put_off.get("moe", 0)
-        + stages.put_off_first * model.n_dense_layers * put_off.get("dense", 0),
+        "weight gradients put off": stages.put_off * stages.chunk * put_off,
         "activations of MTP": model.num_nextn_predict_layers * _mtp_kept(model, work, train.remat),
         **max(_head(config, work, pipe=sizes["pipe"] > 1), _layer_at_work(config, work), key=_size),
     }

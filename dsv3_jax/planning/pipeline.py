@@ -125,7 +125,8 @@ def stage_flops(model: ModelConfig, seq_len: int, stages: int) -> list[tuple[flo
 
 
 def _costs(config: Config, times: PassTimes, stages: int) -> Costs:
-    """Stages of a V are half as large as those of ``mesh.pipe``."""
+    """Stages of a V are half as large as those of ``mesh.pipe``. Weight gradients of what the ends alone compute are
+    not put off."""
     share = config.mesh.pipe / stages
     if times.forward:
         backward = times.backward or 2 * times.forward
@@ -133,10 +134,12 @@ def _costs(config: Config, times: PassTimes, stages: int) -> Costs:
         return Costs(share * times.forward, share * backward, share * weight, times.pair, times.send)
     flops = stage_flops(config.model, config.train.seq_len, stages)
     unit = sum(map(sum, flops)) / config.mesh.pipe
+    linear, _ = block_flops(config.model, config.train.seq_len, moe=True)
+    layers = layers_of_stages(config.model, config.train.seq_len, stages)
     return Costs(
-        f=tuple((linear + attention) / unit for linear, attention in flops),
-        b=tuple(2 * (linear + attention) / unit for linear, attention in flops),
-        w=tuple(linear / unit for linear, _ in flops),
+        f=tuple(sum(parts) / unit for parts in flops),
+        b=tuple(2 * sum(parts) / unit for parts in flops),
+        w=tuple(count * linear / unit for count in layers),
         pair=times.pair,
         send=times.send,
     )

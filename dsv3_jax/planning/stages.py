@@ -28,8 +28,6 @@ class Stages:
     """Of these, passes of the first stage. The last stage computes head and MTP when its backward pass comes."""
     put_off: int = 0
     """Backward passes of a chunk whose weight gradients have not come, at most."""
-    put_off_first: int = 0
-    """Of these, passes of the first stage."""
 
 
 def stages_of(model: ModelConfig, pipe: int, schedule: Schedule, micro_batches: int, waiting: int = -1) -> Stages:
@@ -49,7 +47,7 @@ def stages_of(model: ModelConfig, pipe: int, schedule: Schedule, micro_batches: 
     held = 2 * chunk if schedule in ("dualpipe", "dualpipev") else chunk
     # But for GPipe's, rings do not grow with more micro-batches than this (tests).
     slots = _slots(schedule, pipe, micro_batches if schedule == "gpipe" else min(micro_batches, 4 * pipe), waiting)
-    return Stages(stored, held, chunk, slots.residual, slots.first, slots.deferred, slots.deferred_first)
+    return Stages(stored, held, chunk, slots.residual, slots.first, slots.deferred)
 
 
 def layers_of_stages(model: ModelConfig, seq_len: int, stages: int) -> tuple[int, ...]:

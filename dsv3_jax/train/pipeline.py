@@ -203,8 +203,7 @@ class _Stage:
         }
         if self._dense:
             record = (jnp.zeros((self._n_dense,), jnp.float32), ())
-            late = slots.deferred_first or min(slots.deferred, 1)  # a program that puts off needs a ring
-            memory["dense"] = self._dense.memory(record, slots.first, late)
+            memory["dense"] = self._dense.memory(record, slots.first, 0)
         return memory
 
     def tick(self, memory: _Memory, x: Array, dy: Array, row: Array) -> tuple[_Memory, Array, Array]:
@@ -215,9 +214,10 @@ class _Stage:
             return jnp.any(jnp.asarray([row[Col.KIND] == kind for kind in of]))
 
         ahead, at_first = self._passes(row, "F", is_one(*FORWARD))
-        back, back_at_first = self._passes(row, "B", is_one(Kind.B, Kind.FB))
-        later, later_at_first = self._passes(row, "B", is_one(Kind.BX))
-        weight, weight_at_first = self._passes(row, "B", is_one(Kind.W))
+        back, _ = self._passes(row, "B", is_one(Kind.B, Kind.FB))
+        later, _ = self._passes(row, "B", is_one(Kind.BX))
+        weight, _ = self._passes(row, "B", is_one(Kind.W))
+        _, back_at_first = self._passes(row, "B", is_one(*BACKWARD))  # nobody waits for it: nothing is put off
         x = jnp.where(row[Col.F_STAGE] == 0, self._embedded(take(self._tokens, row[Col.F_MICRO])), x)
         memory, dy = self._from_the_loss(memory, dy, row, is_one(*BACKWARD))
         memory, dense, moe = dict(memory), memory.get("dense"), memory["moe"]
@@ -233,11 +233,7 @@ class _Stage:
             moe, dy = self._moe.backward_input(moe, dy, later)
             moe = self._moe.weight_gradient(moe, weight)
         if self._dense:
-            dense, dy = self._dense.backward(dense, dy, back_at_first)
-            if Kind.BX in kinds:
-                dense, dy = self._dense.backward_input(dense, dy, later_at_first)
-                dense = self._dense.weight_gradient(dense, weight_at_first)
-            memory["dense"] = dense
+            memory["dense"], dy = self._dense.backward(dense, dy, back_at_first)
         memory["grads"] = self._into_the_table(memory["grads"], dy, row, is_one(*BACKWARD))
         return memory | {"moe": moe}, y, dy
 
@@ -275,7 +271,7 @@ class _Stage:
         dense = jnp.where(there & (stage == 0), self._n_dense, 0)
         return (
             Pass(row[Col[f"{way}_CHUNK"]] * self._slots, count, row[saved], row[Col.DEFERRED]),
-            Pass(0, dense, row[saved_first], row[Col.DEFERRED_FIRST]),
+            Pass(0, dense, row[saved_first]),
         )
 
     def _embedded(self, tokens: Array) -> Array:

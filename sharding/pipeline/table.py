@@ -40,26 +40,23 @@ class Col(IntEnum):
     B_IN = 11
     """Gradient slot that the backward pass reads; none on the last stage, which has the loss."""
     B_SAVED = 12
-    """Residual slot that the backward pass reads. What a ``BX`` reads stays there for its ``W``, which has the slot in
-    this column too: of two things to multiply, the first need not be kept twice."""
+    """Residual slot that the backward pass reads."""
     B_SAVED_FIRST = 13
     """The same."""
     B_SAVED_LAST = 14
     DEFERRED = 15
     """Slot that a ``BX`` writes and its ``W`` reads."""
-    DEFERRED_FIRST = 16
-    DEFERRED_LAST = 17
-    ACT_PREV = 18
+    ACT_PREV = 16
     """Activation slot for what the exchange of this tick brings from the previous rank, of chunk 0."""
-    ACT_NEXT = 19
+    ACT_NEXT = 17
     """The same from the next rank, of chunk 1."""
-    ACT_SELF = 20
+    ACT_SELF = 18
     """The same from this rank's own chunk 0 for its chunk 1: the turn of the V."""
-    GRAD_PREV = 21
+    GRAD_PREV = 19
     """Gradient slot for what comes from the previous rank, of chunk 1."""
-    GRAD_NEXT = 22
+    GRAD_NEXT = 20
     """The same from the next rank, of chunk 0."""
-    GRAD_SELF = 23
+    GRAD_SELF = 21
     """The same from this rank's own chunk 1 for its chunk 0."""
 
 
@@ -86,9 +83,8 @@ class Slots(NamedTuple):
     last: int
     """What the last stage alone saves."""
     deferred: int
-    """What a ``BX`` leaves for its ``W``, of any stage."""
-    deferred_first: int
-    deferred_last: int
+    """What a ``BX`` leaves for its ``W``, of any stage. What the ends alone compute makes its weights' gradients at
+    once: nobody waits for the first stage's input, and the last stage's loss comes with its gradients."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,12 +208,10 @@ def _lives(schedule: Schedule, ticks: list[dict[Action, int]], lag: int) -> dict
         for name, suffix, there in (("", "", True), ("first", "_FIRST", stage == 0), ("last", "_LAST", stage == last)):
             if not there:
                 continue
-            saved = Col["B_SAVED" + suffix]
-            reads = ((b, saved),) if w is None or name == "last" else ((b, saved), (w, saved))
+            reads = ((b, Col["B_SAVED" + suffix]),)
             lives[name or "residual"].append(_Life(rank, f, Col["F_SAVE" + suffix], reads, micro))
-            if w is not None:
-                column = Col["DEFERRED" + suffix]
-                lives["deferred" + suffix.lower()].append(_Life(rank, b, column, ((w, column),), micro))
+        if w is not None:
+            lives["deferred"].append(_Life(rank, b, Col.DEFERRED, ((w, Col.DEFERRED),), micro))
     return lives
 
 
