@@ -6,7 +6,7 @@ splits: see :func:`zero_spec`.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from jax.sharding import PartitionSpec
 
@@ -62,6 +62,28 @@ def dims_of(path: str, ndim: int) -> tuple[str, ...]:
 def stacked_layers(path: str, ndim: int) -> int:
     """How many leading dims of a parameter are layers stacked."""
     return dims_of(path, ndim).count("layer")
+
+
+def in_fp8(path: str) -> bool:
+    """Whether the parameter at ``path``, such as ``moe/attention/out/kernel``, takes part in FP8 products.
+
+    Linear layers of attention, dense networks and experts do; embedding, head, router, norms and MTP's projection do
+    not (spec 11.2).
+    """
+    *_, owner, layer, name = ("", "", *path.split("/"))
+    if name == "kernel":
+        return owner in ("attention", "ffn", "shared")
+    return layer == "moe" and name in ("gate_up", "down")
+
+
+def travels_as(path: str, ndim: int, precision: str) -> Literal["fp32", "bf16", "fp8"]:
+    """The type in which a weight is gathered: that of the products it enters under a ``train.precision``.
+
+    Norms and routers compute in float32, whatever the precision of the products (spec 11.2).
+    """
+    if precision == "fp32" or dims_of(path, ndim)[-1] in ("norm", "router"):
+        return "fp32"
+    return "fp8" if precision == "fp8" and in_fp8(path) else "bf16"
 
 
 def is_staged(path: str, ndim: int) -> bool:

@@ -7,7 +7,7 @@ that type and nothing else. The codes are made once per optimizer step (:func:`q
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from pallas_kernels.grouped_fp8_gemm import grouped_fp8_gemm, grouped_fp8_wgrad
 from pallas_kernels.norm_quantize import norm_quantize
 from pallas_kernels.quantize import Tiles, Weight, quantize_both, quantize_rows, quantize_weight, requantize_columns
 from pallas_kernels.quantize.reference import TILE, pad_to_tiles
+from sharding.rules import in_fp8
 
 ROWS = TILE
 """Rows of one expert come in multiples of this: tokens that share a scale in the weight gradient."""
@@ -40,7 +41,7 @@ class Codes(NamedTuple):
 class FP8Weight:
     """A master weight ``[..., in, out]`` and its codes in both orientations.
 
-    No product reads the master: it is there to receive the gradient, in float32.
+    No product reads the master, so that zeros may stand for it: it is there to receive the gradient, in float32.
     """
 
     master: Any
@@ -89,23 +90,17 @@ class Groups(NamedTuple):
     num_blocks: Int[Array, ""]
 
 
-def in_fp8(path: str) -> bool:
-    """Whether the parameter at ``path``, such as ``moe/attention/out/kernel``, takes part in FP8 products.
+def quantize_weights(params: Any, quantize: Callable[[str, Array], Weight] | None = None) -> dict[str, Weight]:
+    """Codes of all weights of a parameter tree that take part, by path; one scale for each 128 x 128 block.
 
-    Linear layers of attention, dense networks and experts do; embedding, head, router, norms and MTP's projection do
-    not (spec 11.2).
+    Args:
+        params: the tree.
+        quantize: makes the codes of the weight at a path from its leaf, where that is not the whole weight.
     """
-    *_, owner, layer, name = ("", "", *path.split("/"))
-    if name == "kernel":
-        return owner in ("attention", "ffn", "shared")
-    return layer == "moe" and name in ("gate_up", "down")
-
-
-def quantize_weights(params: Any) -> dict[str, Weight]:
-    """Codes of all weights of a parameter tree that take part, by path; one scale for each 128 x 128 block."""
     _say_implementation(dispatch.hopper_obstacle())
     leaves, _ = jax.tree.flatten_with_path(params)
-    return {name: quantize_weight(pad_to_tiles(leaf, 2)) for path, leaf in leaves if in_fp8(name := _name(path))}
+    of = quantize or (lambda _, leaf: quantize_weight(pad_to_tiles(leaf, 2)))
+    return {name: of(name, leaf) for path, leaf in leaves if in_fp8(name := _name(path))}
 
 
 def attach(params: Any, codes: Mapping[str, Weight]) -> Any:

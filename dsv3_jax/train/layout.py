@@ -1,5 +1,6 @@
 """Where a run's arrays lie on its mesh: as the model's code sees weights, and as the optimizer keeps them (ZeRO-1)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,13 @@ from jax.typing import DTypeLike
 
 from dsv3_jax.config import Config
 from dsv3_jax.model import Tree, abstract_model, split_model
+from dsv3_jax.nn import fp8
 from dsv3_jax.planning.stages import layers_of_stages
+from pallas_kernels.quantize import Weight, quantize_weight
+from pallas_kernels.quantize.reference import pad_to_tiles
 from sharding import zero
 from sharding.pipeline.partition import Partition, make_partition
-from sharding.rules import dims_of, is_staged, model_spec, stacked_layers, zero_spec
+from sharding.rules import is_staged, model_spec, stacked_layers, travels_as, zero_spec
 
 _SHARED_OUT = ("params", "opt_state", "ema")
 """Parts of a state that ZeRO-1 splits."""
@@ -38,7 +42,10 @@ class Layout:
         self.share: Tree = _map(self._share, params)
         """Of each parameter, what a device keeps."""
         self.travel: Tree = _map(lambda path, leaf: travel_dtype(path, leaf.ndim, config), params)
-        """Type in which a weight is gathered: that of the products it enters."""
+        """Type in which a weight is gathered that enters products as itself."""
+        self._fp8 = config.train.precision == "fp8"
+        self._specs: dict[str, tuple[PartitionSpec, PartitionSpec]] = {}
+        _map(lambda path, *specs: self._specs.setdefault(path, specs), self.share, self.whole)
 
     def _share(self, path: str, leaf: Any) -> PartitionSpec:
         whole = model_spec(path, leaf.shape, self._sizes)
@@ -72,25 +79,43 @@ class Layout:
         owned = path.split("/")[0] in _SHARED_OUT and leaf.ndim > 0 and is_staged(path, leaf.ndim)
         return self.partition is not None and owned
 
-    def gather(self, params: Tree) -> Tree:
-        """Inside ``shard_map``: the weights that the model's code needs, from every device's share."""
-        return self._move(zero.gather, params, self.share, self.whole, self.travel)
+    def gather(self, params: Tree) -> tuple[Tree, dict[str, Weight]]:
+        """Inside ``shard_map``: the weights that the model's code needs, from every device's share.
+
+        Of FP8 products it needs the codes, which are given by path and travel in place of the masters: in the tree,
+        zeros stand for those that are not whole on every device.
+        """
+        with jax.named_scope("quantize"):
+            codes = fp8.quantize_weights(params, self._codes) if self._fp8 else {}
+
+        def one(path: str, x: jax.Array, share: PartitionSpec, whole: PartitionSpec, dtype: DTypeLike) -> jax.Array:
+            if path in codes:
+                return x if share == whole else jnp.zeros(zero.whole_shape(x.shape, share, whole), x.dtype)
+            return self._each(zero.gather, path, x, share, whole, dtype)
+
+        return _map(one, params, self.share, self.whole, self.travel), codes
+
+    def _codes(self, path: str, x: jax.Array) -> Weight:
+        share, whole = self._specs[path]
+        if share == whole:
+            return quantize_weight(pad_to_tiles(x, 2))
+        q, scale_KN = zero.quantize(x, share, whole)
+        q_KN, q_NK = self._each(zero.gather_codes, path, q, share, whole)
+        return Weight(q_NK, scale_KN.mT, q_KN, scale_KN)
 
     def scatter(self, grads: Tree) -> Tree:
         """Inside ``shard_map``: this device's share of the sum of all devices' gradients."""
-        return self._move(zero.scatter, grads, self.share, self.whole)
+        return _map(functools.partial(self._each, zero.scatter), grads, self.share, self.whole)
 
-    def _move(self, move: Callable[..., jax.Array], tree: Tree, share: Tree, whole: Tree, *more: Tree) -> Tree:
-        """``move`` of every array; of unrolled layers one by one, so that each waits for its own layer alone."""
-
-        def one(path: str, x: jax.Array, share: PartitionSpec, whole: PartitionSpec, *more: Any) -> jax.Array:
-            alike = [*share, None][0] == [*whole, None][0]
-            if share == whole or not (self._by_layer and stacked_layers(path, x.ndim) and alike):
-                return move(x, share, whole, *more)
-            inside = PartitionSpec(*share[1:]), PartitionSpec(*whole[1:])
-            return jnp.stack([move(layer, *inside, *more) for layer in x])
-
-        return _map(one, tree, share, whole, *more)
+    def _each(self, move: Callable[..., Any], path: str, x: jax.Array, *specs: Any) -> Any:
+        """``move`` of a parameter, given its share's spec, its whole's and more; of unrolled layers one by one, so that
+        each waits for its own layer alone."""
+        share, whole, *more = specs
+        alike = [*share, None][0] == [*whole, None][0]
+        if share == whole or not (self._by_layer and stacked_layers(path, x.ndim) and alike):
+            return move(x, share, whole, *more)
+        inside = PartitionSpec(*share[1:]), PartitionSpec(*whole[1:])
+        return jax.tree.map(lambda *layers: jnp.stack(layers), *[move(layer, *inside, *more) for layer in x])
 
     def global_norm(self, shares: Tree) -> jax.Array:
         """Inside ``shard_map``: the L2 norm of arrays laid out as shares; unrolled layers are read one by one."""
@@ -110,9 +135,8 @@ def partition_of(config: Config) -> Partition | None:
 
 
 def travel_dtype(path: str, ndim: int, config: Config) -> DTypeLike:
-    """Norms and routers compute in float32, whatever the precision of the products (spec 11.2)."""
-    float32 = config.train.precision == "fp32" or dims_of(path, ndim)[-1] in ("norm", "router")
-    return jnp.float32 if float32 else jnp.bfloat16
+    """What a weight is cast to where no codes are made of it; see :func:`~sharding.rules.travels_as`."""
+    return jnp.float32 if travels_as(path, ndim, config.train.precision) == "fp32" else jnp.bfloat16
 
 
 def _map(function: Any, tree: Any, *rest: Any) -> Any:

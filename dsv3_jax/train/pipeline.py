@@ -22,6 +22,7 @@ from dsv3_jax.nn.block import Block, rematerialize
 from dsv3_jax.nn.router import RouterBias
 from dsv3_jax.train.layout import travel_dtype
 from dsv3_jax.train.loss import Losses, activation_dtype, balance_of, cross_entropy, end_losses, has_label
+from pallas_kernels.quantize import Weight
 from sharding.pipeline.actions import BACKWARD, FORWARD, Kind
 from sharding.pipeline.executor import execute, plan_of
 from sharding.pipeline.partition import Partition
@@ -81,12 +82,22 @@ class Pipeline:
         """A table as :meth:`gradients` takes it, int32 of one shape for all, and how many ticks it has."""
         return table.padded(self.plan.ticks), jnp.int32(table.ticks)
 
-    def with_mirror(self, params: Tree) -> Tree:
+    def with_mirror(self, params: Tree, codes: Mapping[str, Weight]) -> tuple[Tree, Mapping[str, Weight]]:
         """Inside ``shard_map``: the weights that a rank computes with from those that it stores.
 
-        DualPipe's second chunk is the mirror rank's first. Both copies are rounded alike.
+        DualPipe's second chunk is the mirror rank's first. Both copies are rounded alike; what has codes travels as
+        these, and its own stands for the other's master, which nobody reads.
         """
-        return params | {"moe": jax.tree.map(self._joined, params["moe"])} if self._mirrors else params
+        if not self._mirrors:
+            return params, codes
+
+        def joined(path: Any, own: Array) -> Array:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return jnp.concatenate([own, own]) if f"moe/{name}" in codes else self._joined(own)
+
+        moe = jax.tree_util.tree_map_with_path(joined, params["moe"])
+        mirrored = {path: self._joined_codes(one) if path.startswith("moe/") else one for path, one in codes.items()}
+        return params | {"moe": moe}, mirrored
 
     def without_mirror(self, grads: Tree) -> Tree:
         """Inside ``shard_map``: gradients of what a rank stores from those of what it computed with."""
@@ -102,6 +113,12 @@ class Pipeline:
 
     def _joined(self, own: Array) -> Array:
         return jnp.concatenate([own, self._exchange(own)])
+
+    def _joined_codes(self, own: Weight) -> Weight:
+        bits = self._exchange(lax.bitcast_convert_type(own.q_KN, jnp.uint8))
+        q_KN, scale_KN = lax.bitcast_convert_type(bits, jnp.float8_e4m3fn), self._exchange(own.scale_KN)
+        other = Weight(q_KN.mT, scale_KN.mT, q_KN, scale_KN)
+        return jax.tree.map(lambda *two: jnp.concatenate(two), own, other)
 
     def _folded(self, both: Array) -> Array:
         own, other = jnp.split(both, 2)

@@ -114,11 +114,9 @@ class TrainStep:
         config, layout = self.config, self._layout
         params, router_bias, opt_state = (arrays[name] for name in ("params", "router_bias", "opt_state"))
         with jax.named_scope("gather"):
-            whole = layout.gather(params)
+            whole, codes = layout.gather(params)
             if self._pipeline is not None:
-                whole = self._pipeline.with_mirror(whole)
-        with jax.named_scope("quantize"):
-            codes = fp8.quantize_weights(whole) if config.train.precision == "fp8" else {}
+                whole, codes = self._pipeline.with_mirror(whole, codes)
         with jax.named_scope("gradients"):
             grads, losses = self._gradients(whole, codes, router_bias, tokens_ABT, scalars)
             losses = lax.psum(losses, AXES)
@@ -244,13 +242,12 @@ class EvalStep:
         return float(np.sum([float(nats) for nats in sums])), int(np.sum(rows[:, 1:] >= 0))
 
     def _local_nats(self, params: Tree, router_bias: Tree, tokens_ABT: jax.Array) -> jax.Array:
-        params, precision = self._layout.gather(params), self.config.train.precision
-        codes = fp8.quantize_weights(params) if precision == "fp8" else {}
+        params, codes = self._layout.gather(params)
         if self._pipeline is not None:
             return lax.psum(self._pipeline.nats(Weights(params, codes, router_bias), tokens_ABT), AXES)
         model: DeepSeekV3 = merge_model(self._graph, fp8.attach(params, codes), router_bias)
         tokens = jnp.maximum(tokens_ABT[0], 0)
-        hidden, _, _ = model.trunk(tokens[:, :-1], dtype=activation_dtype(precision))
+        hidden, _, _ = model.trunk(tokens[:, :-1], dtype=activation_dtype(self.config.train.precision))
         hidden = model.final_norm(hidden).reshape(-1, self.config.model.hidden_size)
         labels, weights = tokens[:, 1:].reshape(-1), has_label(tokens_ABT).astype(jnp.float32).reshape(-1)
         nats = cross_entropy(hidden, model.head_weight(), labels, weights, self.config.train.loss_chunk)

@@ -37,16 +37,9 @@ CONFIG = micro.config(
 ROWS = micro.tokens(CONFIG.model, rows=4, width=129)
 
 
-def state_of(config):
-    """Drawn weights that bfloat16 holds, so that nothing is rounded on the way between devices."""
-    params = micro.parts(config.model).params
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), params)
-    return micro.train_state(config, params)
-
-
 def stepped(config):
     """Metrics and gradients of a step."""
-    state, metrics = make_train_step(config)(state_of(config), ROWS)
+    state, metrics = make_train_step(config)(micro.train_state(config), ROWS)
     return jax.tree.map(np.asarray, metrics), jax.tree.map(np.asarray, state.opt_state[0].mu)
 
 
@@ -69,7 +62,7 @@ def calls(monkeypatch):
 
 
 def test_a_step_quantizes_each_weight_once_outside_its_loop_over_micro_batches(calls):
-    step, state = make_train_step(CONFIG), state_of(CONFIG)
+    step, state = make_train_step(CONFIG), micro.train_state(CONFIG)
     jaxpr = jax.make_jaxpr(step.jitted)(*step.arguments(state, ROWS)[0])
     assert len(calls) == sum(fp8.in_fp8(path) for path in paths(state.params)) == 6
     assert "while" in str(jaxpr), "micro-batches are a loop"
@@ -80,7 +73,7 @@ def paths(params):
 
 
 def test_evaluation_is_in_fp8_too(calls):
-    step, state = make_eval_step(CONFIG), state_of(CONFIG)
+    step, state = make_eval_step(CONFIG), micro.train_state(CONFIG)
     jax.eval_shape(step._jitted, state.params, state.router_bias, ROWS[None])
     assert len(calls) == 6
 
