@@ -22,23 +22,27 @@ def without_kernels(monkeypatch, run):
 
 
 @pytest.mark.parametrize("remat", ["none", "paper"])
-def test_a_blocks_output_and_gradients_are_those_of_the_definitions(monkeypatch, remat):
+def test_a_blocks_output_and_gradients_are_as_near_to_float32s_as_those_of_the_definitions(monkeypatch, remat):
     loss, masters, x = make_stack()
+    grad = jax.grad(lambda *given: loss(*given, remat=remat), argnums=(0, 2), has_aux=True)
 
     def run():
         codes = jax.jit(lambda masters: fp8.quantize_weights(masters))(masters)
-        grad = jax.grad(lambda *given: loss(*given, remat=remat), argnums=(0, 2), has_aux=True)
-        program = jax.jit(grad).lower(masters, codes, x)
+        program = jax.jit(lambda *given: grad(*given)).lower(masters, codes, x)
         return program.as_text().count("mosaic_gpu"), program.compile()(masters, codes, x)
 
     kernels, found = run()
     none, expected = without_kernels(monkeypatch, run)
+    with jax.default_matmul_precision("highest"):
+        exact = jax.jit(lambda *given: grad(*given))(masters, {}, x.astype(jnp.float32))
     assert kernels > 30
     assert none == 0
-    wanted = jax.tree.leaves_with_path(expected)
-    for left, (path, right) in zip(jax.tree.leaves(found), wanted, strict=True):
-        # Codes differ where a sum in another order rounds otherwise.
-        assert calc_diff(left, right) < 4e-3, path
+    for (path, wanted), left, right in zip(
+        jax.tree.leaves_with_path(exact), jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+    ):
+        # Not to each other: one changed last bit in 5% of the input moves these gradients by 1e-3 to 3.6e-3.
+        ours, theirs = calc_diff(left, wanted), calc_diff(right, wanted)
+        assert ours < 1.5 * theirs + 1e-4, (jax.tree_util.keystr(path), ours, theirs)
 
 
 def test_attention_and_its_projection_are_near_the_definitions(monkeypatch):
