@@ -1,4 +1,5 @@
-"""``dsv3 bench train PRESET``: a training step measured; ``decode``: the engine; ``precision``: losses; ``kernels``."""
+"""``dsv3 bench train PRESET``: a training step measured; ``mesh``: it on many meshes; ``transports``: of tokens
+to experts; ``decode``: the engine; ``precision``: losses; ``kernels``."""
 
 import dataclasses
 import json
@@ -41,12 +42,20 @@ def run(argv: Sequence[str]) -> int:
         from dsv3_jax.cli import bench_precision
 
         return bench_precision.run(words[1:])
+    if words and words[0] == "transports":
+        from dsv3_jax.cli import bench_transports
+
+        return bench_transports.run(words[1:])
+    if words and words[0] == "mesh":
+        from dsv3_jax.cli import bench_mesh
+
+        return bench_mesh.run(words[1:])
     if words and words[0] == "decode":
         from dsv3_jax.cli import bench_decode
 
         return bench_decode.run(words[1:])
     if words and words[0] not in ("train", "-h", "--help"):
-        known = "`train PRESET`, `decode PRESET`, `precision PRESET` and `kernels`"
+        known = "`train PRESET`, `mesh PRESET`, `transports`, `decode PRESET`, `precision PRESET` and `kernels`"
         raise ConfigError(f"dsv3 bench {words[0]!r} is not known; there are {known}")
     if not words:
         raise ConfigError("name what to measure, as in `dsv3 bench train bench_3b` or `dsv3 bench kernels`")

@@ -5,11 +5,12 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from dsv3_jax.config import Config
 from dsv3_jax.planning import count_parameters, flops_per_token
@@ -17,8 +18,8 @@ from dsv3_jax.planning.devices import peak_flops
 from dsv3_jax.planning.memory import plan_memory
 from dsv3_jax.train.hlo_text import parse_hlo
 from dsv3_jax.train.profile import compile_step, profile_steps, random_batches
-from dsv3_jax.train.state import config_mesh, init_state
-from dsv3_jax.train.step import make_train_step
+from dsv3_jax.train.state import TrainState, config_mesh, init_state
+from dsv3_jax.train.step import Metrics, TrainStep, make_train_step
 from dsv3_jax.train.step_table import Row
 
 
@@ -95,23 +96,14 @@ def bench_step(
     compile_seconds = time.perf_counter() - begin
     planned, instructions = compiled.memory_analysis(), len(parse_hlo(compiled.as_text()))
     say(f"compiled in {compile_seconds:.1f} s")
-    ends, waiting, losses = [], [], []
-    for i in range(warmup + steps + 1):
-        if i < warmup + steps:
-            state, metrics = step(state, batches[i % len(batches)])
-            waiting.append(metrics["loss"])
-        if i:
-            losses.append(float(waiting.pop(0)))
-            ends.append(time.perf_counter())
-    jax.block_until_ready(state.params)
-    times = [after - before for before, after in itertools.pairwise(ends)]
-    timed = times[warmup - 1 :]
+    state, times, seen = time_steps(step, state, batches, steps=steps, warmup=warmup)
+    losses, timed = [float(metrics["loss"]) for metrics in seen], times[warmup - 1 :]
     median = statistics.median(timed)
     tokens = train.batch_size * train.seq_len
     per_token = flops_per_token(model, train.seq_len, mtp=model.num_nextn_predict_layers > 0)
     device = jax.devices()[0]
     flops = per_token * tokens / median / mesh.size
-    peak, measured_peak = peak_flops(device.device_kind), _peak_memory(device, planned)
+    peak, measured_peak = peak_flops(device.device_kind), peak_memory(device, planned)
     plan, where = plan_memory(config, gpu=on_gpu), None
     if profiled:
         say(f"profiling {profiled} steps")
@@ -150,7 +142,28 @@ def bench_step(
     )
 
 
-def _peak_memory(device: Any, planned: Any) -> float | None:
+def time_steps(
+    step: TrainStep, state: TrainState, batches: Sequence[np.ndarray], *, steps: int, warmup: int
+) -> tuple[TrainState, list[float], list[Metrics]]:
+    """Runs ``warmup + steps`` steps on batches that are cycled, one step in flight as in a run.
+
+    Returns:
+        The last state, the seconds between the ends of each two steps, and the metrics of every step.
+    """
+    ends, seen = [], []
+    for i in range(warmup + steps + 1):
+        if i < warmup + steps:
+            state, metrics = step(state, batches[i % len(batches)])
+            seen.append(metrics)
+        if i:
+            jax.block_until_ready(seen[i - 1]["loss"])
+            ends.append(time.perf_counter())
+    jax.block_until_ready(state.params)
+    return state, [after - before for before, after in itertools.pairwise(ends)], seen
+
+
+def peak_memory(device: Any, planned: Any) -> float | None:
+    """GiB: the allocator's own figure, or what XLA planned for a program where the device has none."""
     stats = device.memory_stats() or {}
     return stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else _compiled(planned)
 

@@ -49,33 +49,35 @@ def exchange(hop: Hop, rows_SY: Array) -> Array:
     return lax.all_to_all(rows_SY, hop.axis, 0, 0, axis_index_groups=groups, tiled=True)
 
 
-def _send(hop: Hop, x_TD: Array, slots: Plan) -> Array:
+def send(hop: Hop, x_TD: Array, slots: Plan) -> Array:
+    """Rows of tokens to the slots of other ranks; forward alone."""
     if not hop.fp8:
         return checkpoint_name(exchange(hop, permute(x_TD, slots)), DISPATCHED)
     bytes_SY = pack(x_TD).at[slots.token_of_row_M].get(mode="fill", fill_value=0)
     return unpack(checkpoint_name(exchange(hop, bytes_SY), DISPATCHED), x_TD.shape[1], x_TD.dtype)
 
 
-def _collect(hop: Hop, y_SD: Array, slots: Plan) -> Array:
+def collect(hop: Hop, y_SD: Array, slots: Plan) -> Array:
+    """What comes back in the slots, summed by token; forward alone."""
     return unpermute(exchange(hop, y_SD), jnp.ones(slots.row_of_pair_TK.shape, jnp.float32), slots)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dispatch(hop: Hop, x_TD: Array, slots: Plan) -> Array:
-    return _send(hop, x_TD, slots)
+    return send(hop, x_TD, slots)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _combine(hop: Hop, y_SD: Array, slots: Plan) -> Array:
-    return _collect(hop, y_SD, slots)
+    return collect(hop, y_SD, slots)
 
 
 def _keep_slots(move: Callable[[Hop, Array, Plan], Array]) -> Callable[[Hop, Array, Plan], tuple[Array, Plan]]:
     return lambda hop, rows, slots: (move(hop, rows, slots), slots)
 
 
-_dispatch.defvjp(_keep_slots(_send), lambda hop, slots, dx_SD: (_collect(hop, dx_SD, slots), None))
-_combine.defvjp(_keep_slots(_collect), lambda hop, slots, dy_TD: (_send(hop, dy_TD, slots), None))
+_dispatch.defvjp(_keep_slots(send), lambda hop, slots, dx_SD: (collect(hop, dx_SD, slots), None))
+_combine.defvjp(_keep_slots(collect), lambda hop, slots, dy_TD: (send(hop, dy_TD, slots), None))
 
 
 def run_hop(
@@ -104,21 +106,30 @@ def _round(
 ) -> Array:
     """What one round's copies add to every token."""
     params, x_TD, weights_TK = inputs
-    columns = min(idx_TK.shape[1], hop.experts)
-    rows, most_pairs = received(x_TD.shape[0], columns, hop.fan, hop.room)
-    slots = slots_of_round(copies, turn, rows // hop.fan)
     with jax.named_scope("dispatch"):
-        idx_SK = idx_TK.at[slots.token_of_row_M].get(mode="fill", fill_value=hop.fan * hop.experts)
-        first_S = jnp.repeat(jnp.arange(hop.fan) * hop.experts, slots.block)
-        idx_SC, weights_SC = localize(idx_SK, permute(weights_TK, slots), first_S, hop.experts)
-        # One message for both: float32 holds the numbers of experts exactly.
-        record = exchange(hop, jnp.concatenate([weights_SC.astype(jnp.float32), idx_SC.astype(jnp.float32)], axis=1))
-        record = checkpoint_name(record, DISPATCHED)
-        weights_RC, idx_RC = record[:, :columns], lax.stop_gradient(record[:, columns:]).astype(jnp.int32)
+        slots, idx_RC, weights_RC, most_pairs = route(hop, idx_TK, weights_TK, copies, turn)
         x_RD: Any = _dispatch(hop, x_TD, slots)
     y_RD = inner(params, x_RD, idx_RC, weights_RC, most_pairs)
     with jax.named_scope("combine"):
         return _combine(hop, y_RD, slots)
+
+
+def route(
+    hop: Hop, idx_TK: Int[Array, "T K"], weights_TK: Float[Array, "T K"], copies: Copies, turn: Array | int = 0
+) -> tuple[Plan, Int[Array, "R C"], Float[Array, "R C"], int]:
+    """The way of one round's copies: slots to travel in, and what the receiving rank is told of the rows that come:
+    choices that it owns, numbered from 0, their weights, and a bound of how many (row, choice) pairs there are."""
+    columns = min(idx_TK.shape[1], hop.experts)
+    rows, most_pairs = received(idx_TK.shape[0], columns, hop.fan, hop.room)
+    slots = slots_of_round(copies, turn, rows // hop.fan)
+    idx_SK = idx_TK.at[slots.token_of_row_M].get(mode="fill", fill_value=hop.fan * hop.experts)
+    first_S = jnp.repeat(jnp.arange(hop.fan) * hop.experts, slots.block)
+    idx_SC, weights_SC = localize(idx_SK, permute(weights_TK, slots), first_S, hop.experts)
+    # One message for both: float32 holds the numbers of experts exactly.
+    record = exchange(hop, jnp.concatenate([weights_SC.astype(jnp.float32), idx_SC.astype(jnp.float32)], axis=1))
+    record = checkpoint_name(record, DISPATCHED)
+    idx_RC = lax.stop_gradient(record[:, columns:]).astype(jnp.int32)
+    return slots, idx_RC, record[:, :columns], most_pairs
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -21,7 +21,7 @@ def _shift(placement: ExpertParallel, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: lax.ppermute(leaf, placement.axis, ring), tree)
 
 
-def _visit_the_others(
+def visit_the_others(
     placement: ExpertParallel, stop: Callable[[Any], tuple[Any, Any]], load: Any, kept: Any
 ) -> tuple[Any, Any]:
     """``load`` visits the other ranks; at each, ``stop`` makes what is added up on its way home and what stays.
@@ -69,7 +69,7 @@ def _stop(
     return local_experts(expert_fn, params, x_TD, idx_TC, weights_TC, experts=experts, block=block)
 
 
-def _loaded(placement: ExpertParallel, x_TD: Array) -> tuple[Array, Callable[[Array], Array]]:
+def loaded(placement: ExpertParallel, x_TD: Array) -> tuple[Array, Callable[[Array], Array]]:
     """Rows as they travel, and the function that reads them."""
     if not placement.fp8:
         return x_TD, lambda rows: rows
@@ -81,14 +81,14 @@ def _forward(
 ) -> tuple[Array, Any]:
     params, x_TD, weights_TK = inputs
     work = functools.partial(_stop, placement, expert_fn, experts, block)
-    load, read = _loaded(placement, x_TD)
+    load, read = loaded(placement, x_TD)
     y_TD, own_back = jax.vjp(functools.partial(work, idx_TK), (params, read(load), weights_TK))
 
     def stop(visitor: Any) -> tuple[Array, tuple[()]]:
         load, weights_TK, idx_TK = visitor
         return work(idx_TK, (params, read(load), weights_TK)), ()
 
-    home_TD, _ = _visit_the_others(placement, stop, (load, weights_TK, idx_TK), ())
+    home_TD, _ = visit_the_others(placement, stop, (load, weights_TK, idx_TK), ())
     return y_TD + home_TD, (own_back, inputs, idx_TK)
 
 
@@ -97,8 +97,8 @@ def _backward(
 ) -> tuple[Any, None]:
     own_back, (params, x_TD, weights_TK), idx_TK = saved
     work = functools.partial(_stop, placement, expert_fn, experts, block)
-    load, read = _loaded(placement, x_TD)
-    dload, dread = _loaded(placement, dy_TD)
+    load, read = loaded(placement, x_TD)
+    dload, dread = loaded(placement, dy_TD)
     dparams, *own = own_back(dread(dload))[0]
 
     def stop(visitor: Any) -> tuple[Any, Any]:
@@ -107,7 +107,7 @@ def _backward(
         dparams, *going = back(dread(dload))[0]
         return going, dparams
 
-    home, dparams = _visit_the_others(placement, stop, (load, weights_TK, idx_TK, dload), dparams)
+    home, dparams = visit_the_others(placement, stop, (load, weights_TK, idx_TK, dload), dparams)
     return (dparams, *_add(own, home)), None
 
 
