@@ -123,14 +123,18 @@ class DeepSeekV3(nnx.Module):
         *,
         balance: BalanceLoss | None = None,
         remat: Remat = "none",
+        embedded: list[Float[Array, "B Tk D"]] | None = None,
     ) -> Hidden:
-        """What of :meth:`hidden` comes after the trunk, whose output is ``raw`` and whose routing record ``record``."""
+        """What of :meth:`hidden` comes after the trunk, whose output is ``raw`` and whose routing record ``record``.
+
+        ``embedded`` are the embeddings of ``tokens[:, k:]`` for each MTP depth k, where the caller has looked them up.
+        """
         positions = jnp.broadcast_to(jnp.arange(raw.shape[1]), raw.shape[:2])
         main = self.final_norm(raw)
         records, states = [record], []
         below = main if self.config.mtp_hidden == "post_norm" else raw
         for depth, module in enumerate(self.mtp, start=1):
-            ahead = self.embedding(tokens[:, depth:], raw.dtype)
+            ahead = embedded[depth - 1] if embedded else self.embedding(tokens[:, depth:], raw.dtype)
             length = ahead.shape[1]
             below, normed, aux = module(below[:, :length], ahead, positions[:, :length], balance=balance, remat=remat)
             states.append(normed)

@@ -28,6 +28,11 @@ def cross_entropy(
     Logits exist for ``chunk`` rows at a time. When differentiated, the gradients of ``hidden`` and ``head`` are made in
     the forward pass, chunk by chunk, so that logits are computed once.
     """
+    hidden, labels, weights = _in_chunks(hidden, labels, weights, chunk)
+    return _chunked(hidden, head, labels, weights)
+
+
+def _in_chunks(hidden: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int) -> tuple[jax.Array, ...]:
     rows = labels.shape[0]
     chunk = min(chunk, rows)
     padding = -rows % chunk
@@ -35,7 +40,7 @@ def cross_entropy(
         hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
         labels, weights = jnp.pad(labels, (0, padding)), jnp.pad(weights, (0, padding))
     split = (-1, chunk)
-    return _chunked(hidden.reshape(*split, hidden.shape[-1]), head, labels.reshape(split), weights.reshape(split))
+    return hidden.reshape(*split, hidden.shape[-1]), labels.reshape(split), weights.reshape(split)
 
 
 def _chunk_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
@@ -46,6 +51,56 @@ def _chunk_loss(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> tup
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
     return jnp.sum(weights * (normalizer - picked)), normalizer
+
+
+def _chunk_gradients(
+    states: jax.Array, cast: jax.Array, targets: jax.Array, shares: jax.Array, scale: jax.Array | int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The chunk's loss, and ``scale`` times its gradients of hidden states and of logits."""
+    logits = _chunk_logits(states, cast)
+    loss, normalizer = _chunk_loss(logits, targets, shares)
+    probabilities = jnp.exp(logits - normalizer[:, None])
+    hits = jnp.arange(logits.shape[-1]) == targets[:, None]
+    d_logits = ((probabilities - hits) * (scale * shares)[:, None]).astype(states.dtype)
+    return loss, _chunk_logits(d_logits, cast.T).astype(states.dtype), d_logits
+
+
+@jax.named_scope("loss")
+def cross_entropy_gradients(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: tuple[Int[Array, "B Tk"], Float[Array, "B Tk"]],
+    chunk: int,
+    scale: Float[Array, ""],
+    d_head: Float[Array, "D V"],
+) -> tuple[Float[Array, ""], Float[Array, "B T D"], Float[Array, "D V"]]:
+    """:func:`cross_entropy` of one of :func:`head_targets`; ``scale`` times its gradient of ``hidden``; and ``d_head``
+    with ``scale`` times the head's added to it in place, some rows at a time."""
+    labels, weights = targets
+    used = hidden[:, : labels.shape[1]]
+    chunks = _in_chunks(used.reshape(-1, hidden.shape[-1]), labels.reshape(-1), weights.reshape(-1), chunk)
+    cast, dim_d = head.astype(hidden.dtype), hidden.shape[-1]
+    part = dim_d // _PARTS if dim_d % _PARTS == 0 else dim_d
+
+    def body(carry: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+        total, d_head = carry
+        states, targets, shares = chunk
+        loss, d_states, d_logits = _chunk_gradients(states, cast, targets, shares, scale)
+
+        def add(i: jax.Array, d_head: jax.Array) -> jax.Array:
+            found = _chunk_logits(lax.dynamic_slice_in_dim(states, i * part, part, 1).T, d_logits)
+            now = lax.dynamic_slice_in_dim(d_head, i * part, part)
+            return lax.dynamic_update_slice_in_dim(d_head, now + found, i * part, 0)
+
+        return (total + loss, lax.fori_loop(0, dim_d // part, add, d_head)), d_states
+
+    (total, d_head), d_states = lax.scan(body, (jnp.zeros((), jnp.float32), d_head), chunks)
+    d_used = d_states.reshape(-1, dim_d)[: labels.size].reshape(used.shape)
+    return total, jnp.pad(d_used, ((0, 0), (0, hidden.shape[1] - used.shape[1]), (0, 0))), d_head
+
+
+_PARTS = 8
+"""Of a head's gradient, one after the other, so that a chunk's share of it is never there whole."""
 
 
 @jax.custom_vjp
@@ -65,12 +120,7 @@ def _chunked_fwd(hidden: jax.Array, head: jax.Array, labels: jax.Array, weights:
     def body(carry: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
         total, d_head = carry
         states, targets, shares = chunk
-        logits = _chunk_logits(states, cast)
-        loss, normalizer = _chunk_loss(logits, targets, shares)
-        probabilities = jnp.exp(logits - normalizer[:, None])
-        hits = jnp.arange(logits.shape[-1]) == targets[:, None]
-        d_logits = ((probabilities - hits) * shares[:, None]).astype(states.dtype)
-        d_states = _chunk_logits(d_logits, cast.T).astype(states.dtype)
+        loss, d_states, d_logits = _chunk_gradients(states, cast, targets, shares, 1)
         return (total + loss, d_head + _chunk_logits(states.T, d_logits)), d_states
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32))
@@ -164,21 +214,32 @@ def end_losses(
     train = config.train
     tokens_or_pad, tokens = tokens, jnp.maximum(tokens, 0)
     states = model.ending(raw, tokens, record, balance=balance_of(config), remat=train.remat)
-    weights = has_label(tokens_or_pad).astype(jnp.float32) / label_total
-    head = model.head_weight()
-    main = _head_loss(states.main, head, tokens[:, 1:], weights, train.loss_chunk)
-    mtp = jnp.zeros((), jnp.float32)
-    for depth, hidden in enumerate(states.mtp, start=1):
-        labels = tokens[:, depth + 1 :]
-        mtp += _head_loss(hidden[:, : labels.shape[1]], head, labels, weights[:, depth:], train.loss_chunk)
-    mtp /= max(len(states.mtp), 1)
-    balance_total, counts = jnp.zeros((), jnp.float32), None
-    if states.aux is not None:
-        balance_total = jnp.sum(states.aux.balance_loss) * (tokens.shape[0] / sequence_total)
-        counts = states.aux.counts
+    head, hidden = model.head_weight(), [states.main, *states.mtp]
+    main, *others = (
+        cross_entropy(
+            state[:, : labels.shape[1]].reshape(-1, raw.shape[-1]),
+            head,
+            labels.reshape(-1),
+            weights.reshape(-1),
+            train.loss_chunk,
+        )
+        for state, (labels, weights) in zip(hidden, head_targets(tokens_or_pad, label_total, len(hidden)), strict=True)
+    )
+    mtp = sum(others, jnp.zeros((), jnp.float32)) / max(len(others), 1)
+    balance_total, counts = total_balance(states.aux, tokens.shape[0] / sequence_total)
     return Losses(main + mtp_weight * mtp + balance_total, main, mtp, balance_total, counts)
 
 
-def _head_loss(hidden: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int) -> jax.Array:
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    return cross_entropy(flat, head, labels.reshape(-1), weights.reshape(-1), chunk)
+def head_targets(
+    tokens: Int[Array, "B T1"], label_total: Float[Array, ""], heads: int
+) -> list[tuple[Int[Array, "B Tk"], Float[Array, "B Tk"]]]:
+    """Labels and their weights in the step's mean, of the main head and of each MTP depth; padding is negative."""
+    labels, weights = jnp.maximum(tokens, 0), has_label(tokens).astype(jnp.float32) / label_total
+    return [(labels[:, depth + 1 :], weights[:, depth:]) for depth in range(heads)]
+
+
+def total_balance(aux: MoEAux | None, share: Float[Array, ""]) -> tuple[Float[Array, ""], Int[Array, "L E"] | None]:
+    """``share`` of the balance losses of all routers, and their counts; 0 and None where nothing routes."""
+    if aux is None:
+        return jnp.zeros((), jnp.float32), None
+    return jnp.sum(aux.balance_loss) * share, aux.counts

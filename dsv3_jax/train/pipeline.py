@@ -21,7 +21,8 @@ from dsv3_jax.nn import fp8
 from dsv3_jax.nn.block import Block, rematerialize
 from dsv3_jax.nn.router import RouterBias
 from dsv3_jax.train.layout import travel_dtype
-from dsv3_jax.train.loss import Losses, activation_dtype, balance_of, cross_entropy, end_losses, has_label
+from dsv3_jax.train.loss import Losses, activation_dtype, balance_of, cross_entropy, has_label
+from dsv3_jax.train.pipeline_end import add_end_gradients
 from pallas_kernels.quantize import Weight
 from sharding.pipeline.actions import BACKWARD, FORWARD, Kind
 from sharding.pipeline.executor import execute, plan_of
@@ -153,7 +154,7 @@ class Pipeline:
             weights: of :meth:`with_mirror`; the gradients are of these.
             tokens: this lane's micro-batches, on every rank of the pipeline.
             rows: of :meth:`rows`, as is ``ticks``.
-            scalars: keyword arguments of :func:`~dsv3_jax.train.loss.end_losses`.
+            scalars: keyword arguments of :func:`~dsv3_jax.train.pipeline_end.add_end_gradients`.
         """
         stage = _Stage(self, weights, tokens, scalars, self._message(tokens))
         memory = execute(stage.tick, self.plan, rows, ticks, stage.memory(), stage.message)
@@ -209,14 +210,14 @@ class _Stage:
     def memory(self) -> _Memory:
         """What a step starts with: empty rings, sums of nothing."""
         slots, experts = self._pipeline.plan.slots, self._pipeline.config.model.n_routed_experts
-        held, end_params = self._layers.size, self._late_params()
-        end = jax.eval_shape(self._end, end_params, self.message, self._tokens[0])[1]
+        held, grads = self._layers.size, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), self._late)
+        _, losses, _ = jax.eval_shape(self._end, grads, self.message, self._tokens[0])
         counts = jnp.zeros((held, experts), jnp.int32)
         memory = {
             "moe": self._moe.memory((jnp.zeros((held,), jnp.float32), counts), slots.residual, slots.deferred),
             "raw": ring((slots.last + 1,), self.message),
-            "grads": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), end_params),
-            "losses": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), end),
+            "grads": grads,
+            "losses": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), losses),
         }
         if self._dense:
             record = (jnp.zeros((self._n_dense,), jnp.float32), ())
@@ -269,7 +270,7 @@ class _Stage:
         config = self._pipeline.config
 
         def add(total: Array) -> Array:
-            model = self._model(self._late_params())
+            model = self._model(wide(self._late))
             hidden = model.final_norm(raw).reshape(-1, raw.shape[-1])
             rows = labels.reshape(-1), weights.reshape(-1)
             return total + cross_entropy(hidden, model.head_weight(), *rows, config.train.loss_chunk)
@@ -305,14 +306,15 @@ class _Stage:
         table = when(there & (row[Col.B_STAGE] == 0), change, grads["embedding"]["table"])
         return grads | {"embedding": {"table": table}}
 
-    def _late_params(self) -> Tree:
-        return wide({name: part for name, part in self._weights.params.items() if name not in ("dense", "moe")})
+    @property
+    def _late(self) -> Tree:
+        """Weights of what comes before and after the layers."""
+        return {name: part for name, part in self._weights.params.items() if name not in ("dense", "moe")}
 
-    def _end(self, late_params: Tree, raw: Array, tokens: Array) -> tuple[Array, Losses]:
+    def _end(self, grads: Tree, raw: Array, tokens: Array) -> tuple[Tree, Losses, Array]:
         """What comes after the last layer."""
-        model = self._model(late_params)
-        losses = end_losses(model, raw, tokens, self._pipeline.config, None, **self._scalars)
-        return losses.total, losses
+        config = self._pipeline.config
+        return add_end_gradients(self._model, self._late, grads, raw, tokens, config, **self._scalars)
 
     def _model(self, late_params: Tree) -> DeepSeekV3:
         """The model without the pipeline's layers."""
@@ -328,10 +330,9 @@ class _Stage:
 
         def make(carry: Any) -> Any:
             grads, sums, _ = carry
-            params = self._late_params()
             raw, tokens = take(memory["raw"], row[Col.B_SAVED_LAST]), take(self._tokens, row[Col.B_MICRO])
-            (_, losses), (found, d_raw) = jax.value_and_grad(self._end, (0, 1), has_aux=True)(params, raw, tokens)
-            return jax.tree.map(jnp.add, grads, found), jax.tree.map(jnp.add, sums, losses), d_raw
+            grads, losses, d_raw = self._end(grads, raw, tokens)
+            return grads, jax.tree.map(jnp.add, sums, losses), d_raw
 
         carry = memory["grads"], memory["losses"], dy
         grads, losses, dy = when(there & (row[Col.B_STAGE] == self._last), make, carry)
