@@ -43,6 +43,16 @@ def test_rows_are_expert_sorted_stable_and_padded_with_exact_zeros(case):
     np.testing.assert_array_equal(jax.jit(permute)(x, plan), expected)
 
 
+@pytest.mark.parametrize("columns", [8, 5])
+def test_rows_of_two_bytes_a_number_are_copied_bit_for_bit(columns):
+    idx, _, _, experts, block = draw("usual")
+    bits = np.random.default_rng(1).integers(0, 1 << 16, (len(idx), columns), np.uint16)
+    plan = plan_of(idx, experts, block)
+    rows = jax.jit(permute)(bits.view(jnp.bfloat16), plan)
+    expected = reference.permute(bits, idx, experts, block, plan.num_rows)
+    np.testing.assert_array_equal(np.asarray(rows).view(np.uint16), expected)
+
+
 def test_counts_blocks_and_positions_agree_with_each_other(case):
     idx, _, _, experts, block = case
     plan = plan_of(idx, experts, block)
