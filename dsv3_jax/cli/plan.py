@@ -1,17 +1,17 @@
-"""``dsv3 plan memory PRESET``: what a device will hold, before anything is compiled; ``dsv3 plan pipeline PRESET``."""
+"""``dsv3 plan memory PRESET``: what a device will hold, before anything is compiled; the other plans are next door."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsv3_jax.cli import plan_pipeline
+from dsv3_jax.cli import plan_compile, plan_pipeline
 from dsv3_jax.cli.overrides import parse_config
 from dsv3_jax.config import Config, ConfigError, load_cluster
 from dsv3_jax.planning.fit import DEFAULT_SHARE, remedy
 from dsv3_jax.planning.memory import plan_memory
 
-PLANS = ("memory", "pipeline")
+PLANS = ("memory", "pipeline", "compile")
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,11 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError(f"dsv3 plan {words[0]!r} is not known; there is {', '.join(PLANS)}")
     if words[0] == "pipeline":
         return plan_pipeline.run(words[1:])
+    if words[0] == "compile":
+        return plan_compile.run(words[1:])
     description = (
         "Bytes on each device while a preset trains on a mesh, by component. Nothing is compiled. "
-        "See also `dsv3 plan pipeline --help`."
+        "See also `dsv3 plan pipeline --help` and `dsv3 plan compile --help`."
     )
     rest = words[1:] if words[0] in PLANS else words
     config, options = parse_config("dsv3 plan memory", rest, description, Options, trainable=False)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -17,6 +16,7 @@ from dsv3_jax.nn.fp8_experts import expert_network, fp8_experts
 from dsv3_jax.nn.linear import init_weight
 from dsv3_jax.nn.norm import RMSNorm
 from dsv3_jax.nn.router import Router, Routing, count_experts
+from pallas_kernels import dispatch
 from sharding.expert_parallel import ExpertParallel, routed
 
 BalanceLoss = Callable[[Routing], Float[Array, ""]]
@@ -120,6 +120,6 @@ def place_experts(model: nnx.Module, placement: ExpertParallel) -> None:
 def block_rows(rows: int, experts: int) -> int:
     """Rows that each expert's share is padded to a multiple of: the Hopper kernels' tile of 128 on a GPU, elsewhere at
     most half of an expert's mean load, so that padding stays below the useful work."""
-    if jax.default_backend() == "gpu":
+    if dispatch.platform() == "gpu":
         return 128
     return max(8, min(128, 1 << (rows // (2 * experts)).bit_length() - 1)) if rows >= 2 * experts else 8

@@ -4,6 +4,8 @@
 unknown JAX version that has moved it gets a clear message instead of an import error.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -42,6 +44,34 @@ def obstacle(q_BTNH: Array, k_BSNH: Array, v_BSNW: Array, q_offset: object) -> s
     if dims[0] != dims[1] and version < _MIN_CUDNN_FOR_MLA:
         return f"differing head dims {dims} need cuDNN {_MIN_CUDNN_FOR_MLA}, found {version}"
     return None
+
+
+@contextlib.contextmanager
+def compiling_for(capability: str, version: int) -> Iterator[None]:
+    """Inside, JAX's own checks of this attention are answered for a GPU that need not be here.
+
+    Args:
+        capability: such as ``"9.0"``.
+        version: of its cuDNN, such as 92800 for 9.28.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    def number(text: str) -> tuple[int, ...]:
+        return tuple(map(int, text.split(".")))
+
+    answers = {
+        "check_cudnn_version": lambda: version,
+        "check_compute_capability": lambda least: number(capability) >= number(least),
+        "is_cuda_compute_capability_equal": lambda other: capability == other,
+    }
+    before = {name: getattr(fused, name) for name in answers}
+    try:
+        for name, answer in answers.items():
+            setattr(fused, name, answer)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(fused, name, function)
 
 
 def causal_attention(q_BTNH: Array, k_BSNH: Array, v_BSNW: Array, *, scale: float) -> Array:

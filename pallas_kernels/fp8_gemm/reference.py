@@ -4,12 +4,11 @@
 only the order of additions is left to the machine.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels import varying
+from pallas_kernels import dispatch, varying
 from pallas_kernels.precision import matmul_precision
 
 BLOCK = 128
@@ -18,7 +17,7 @@ BLOCK = 128
 
 def multipliable(q: Array) -> Array:
     """e4m3 values in a dtype that a product takes: float32 on CPUs; bfloat16, which holds them all, elsewhere."""
-    return q.astype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return q.astype(jnp.float32 if dispatch.platform() == "cpu" else jnp.bfloat16)
 
 
 def contraction_blocks(q: Array) -> Array:

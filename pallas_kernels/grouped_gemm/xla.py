@@ -16,11 +16,10 @@ Gathering all block weights at once is best while they stay in cache; past that,
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels import varying
+from pallas_kernels import dispatch, varying
 from pallas_kernels.precision import matmul_precision
 
 _CPU_ONE_BATCH_BYTES, _CPU_CHUNK_BYTES = 20 << 20, 2 << 20
@@ -29,7 +28,7 @@ _ACCELERATOR_CHUNK_BYTES = 512 << 20
 
 def _blocks_per_chunk(num_blocks: int, weight_bytes: int) -> int:
     """Blocks whose gathered weights are held at once."""
-    cpu = jax.default_backend() == "cpu"
+    cpu = dispatch.platform() == "cpu"
     whole, chunk = (_CPU_ONE_BATCH_BYTES, _CPU_CHUNK_BYTES) if cpu else (_ACCELERATOR_CHUNK_BYTES,) * 2
     return num_blocks if num_blocks * weight_bytes <= whole else max(1, chunk // weight_bytes)
 

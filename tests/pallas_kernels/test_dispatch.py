@@ -45,3 +45,14 @@ def test_no_fallback_is_said_on_a_cpu(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         dispatch.choose("op", "auto", {"pallas": "not a GPU"})
     assert not caplog.records
+
+
+def test_a_program_can_be_made_for_a_device_that_is_not_here():
+    before = dispatch.platform()
+    with dispatch.compiling_for(dispatch.Target("gpu", "9.0")):
+        assert dispatch.platform() == "gpu"
+        assert dispatch.hopper_obstacle() is None
+        with dispatch.compiling_for(dispatch.Target("gpu", "8.0")):
+            assert dispatch.hopper_obstacle() == "the GPU has compute capability 8.0, not 9.0"
+    assert dispatch.platform() == before
+    assert dispatch.hopper_obstacle() == "the default backend is 'cpu', not an NVIDIA Hopper GPU"

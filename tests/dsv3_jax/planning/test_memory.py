@@ -169,16 +169,10 @@ def test_transports_keep_what_the_plan_says(attention_in_chunks, transport, rema
 
 
 def step_arguments(config, mesh):
-    """Shapes and places of everything that the compiled step is called with."""
-    lanes = config.mesh.expert * config.mesh.data
-    micro_batch = config.train.micro_batch_size or config.train.batch_size // lanes
-    rows = (config.train.batch_size // (micro_batch * lanes), micro_batch * lanes, config.train.seq_len + 1)
-    state = abstract_state(config, mesh)
-    arrays = state.arrays()
+    """Shapes and places of everything that the compiled step is called with, the host's numbers as arrays."""
+    arrays, rows, scalars = TrainStep(config, mesh).abstract_arguments()
     whole = NamedSharding(mesh, P())
-    scalars = [jax.ShapeDtypeStruct((), dtype, sharding=whole) for dtype in (jnp.float32,) * 3 + (jnp.int32,)]
-    place = NamedSharding(mesh, P(None, ("expert", "data")))
-    return arrays, jax.ShapeDtypeStruct(rows, jnp.int32, sharding=place), scalars
+    return arrays, rows, [jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=whole) for one in scalars[:4]]
 
 
 def local_bytes(arguments):
@@ -188,16 +182,7 @@ def local_bytes(arguments):
 
 def lower(config, mesh, **options):
     step = TrainStep(config, mesh)
-    arrays, rows, scalars = step_arguments(config, mesh)
-    # The step's own tuple of scalars, made by its own hands.
-    scalars = step_scalars()(*scalars)
-    return step.jitted.trace(arrays, rows, scalars).lower(**options)
-
-
-def step_scalars():
-    from dsv3_jax.train import step
-
-    return step._Scalars
+    return step.jitted.trace(*step.abstract_arguments()).lower(**options)
 
 
 @pytest.mark.parametrize("axes", [(1, 1), (1, 4), (4, 2), (2, 4)])
