@@ -100,14 +100,26 @@ class TrainStep:
         micro = rows.reshape(count, per_micro, -1)
         micro = np.pad(micro, ((0, self.most_micro_batches - count), (0, 0), (0, 0)), constant_values=-1)
         sharding = NamedSharding(self.mesh, _ROWS)
-        scalars = _Scalars(
-            np.float32(schedule.learning_rate(config, state.step + 1, state.tokens)),
-            np.float32(schedule.mtp_weight(config, state.tokens)),
-            np.float32(schedule.bias_update_speed(config, state.tokens)),
-            np.int32(count),
-            self._pipeline.rows(step_table(config, count)) if self._pipeline else (),
-        )
+        scalars = self._scalars(state.step + 1, state.tokens, count)
         return (state.arrays(), jax.make_array_from_process_local_data(sharding, micro), scalars), scalars
+
+    def abstract_arguments(self) -> tuple[Any, Any, _Scalars]:
+        """Shapes, dtypes and places of what the program is called with for a whole batch; nothing is allocated."""
+        train, count = self.config.train, self.most_micro_batches
+        shape = (count, self.micro_batch * self.lanes, train.seq_len + 1)
+        rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.mesh, _ROWS))
+        return abstract_state(self.config, self.mesh).arrays(), rows, self._scalars(1, 0, count)
+
+    def _scalars(self, step: int, tokens: int, micro_batches: int) -> _Scalars:
+        """Of step number ``step``, before which ``tokens`` tokens were seen."""
+        config = self.config
+        return _Scalars(
+            np.float32(schedule.learning_rate(config, step, tokens)),
+            np.float32(schedule.mtp_weight(config, tokens)),
+            np.float32(schedule.bias_update_speed(config, tokens)),
+            np.int32(micro_batches),
+            self._pipeline.rows(step_table(config, micro_batches)) if self._pipeline else (),
+        )
 
     def _local_step(self, arrays: Tree, tokens_ABT: jax.Array, scalars: _Scalars) -> tuple[Tree, Metrics]:
         """One device's part of a step, on its share of the state and of the rows."""
