@@ -29,8 +29,9 @@ from sharding.pipeline.executor import execute, plan_of
 from sharding.pipeline.partition import Partition
 from sharding.pipeline.schedule import make_schedule
 from sharding.pipeline.split import in_parts
-from sharding.pipeline.stack import Pass, Stack, put, ring, take, when, wide
+from sharding.pipeline.stack import Stack, put, ring, take, wide
 from sharding.pipeline.table import Col, Table, table
+from sharding.pipeline.walk import Pass, when
 
 _Memory = dict[str, Any]
 
@@ -180,10 +181,10 @@ class _Stage:
         self._counts = jnp.asarray(partition.counts, jnp.int32)
         self._layers = jnp.asarray(partition.held.reshape(pipeline.plan.ranks, -1))[lax.axis_index("pipe")]
         self._d_cost = tokens.shape[1] / scalars["sequence_total"]
-        self._moe = self._stack("moe", self._slots)
-        self._dense = self._stack("dense", self._n_dense) if self._n_dense else None
+        self._moe = self._stack("moe", self._slots, min(partition.counts))
+        self._dense = self._stack("dense", self._n_dense, self._n_dense) if self._n_dense else None
 
-    def _stack(self, name: str, slots: int) -> Stack:
+    def _stack(self, name: str, slots: int, least: int) -> Stack:
         train, graph = self._pipeline.config.train, self._pipeline.blocks[name]
         positions = jnp.broadcast_to(jnp.arange(self.message.shape[1]), self.message.shape[:2])
         balance = balance_of(self._pipeline.config)
@@ -205,7 +206,7 @@ class _Stage:
         function = rematerialize(layer, train.remat, scanned=True)
         one, given_one = jax.eval_shape(lambda: (wide(take(params, 0)), take(given, 0)))
         parts = in_parts(function, one, given_one, self.message)
-        return Stack(parts, slots, params, given, self._d_cost)
+        return Stack(parts, slots, params, given, self._d_cost, apart=least if train.unroll else None)
 
     def memory(self) -> _Memory:
         """What a step starts with: empty rings, sums of nothing."""

@@ -43,7 +43,7 @@ def test_rings_hold_no_weights_and_gradients_of_matrices_wait(precision, remat, 
     """All wait but what further turns of an exchange add to experts' gradients."""
     config = replace(CONFIG, mesh={"transport": transport}, train={"precision": precision, "remat": remat})
 
-    def look(parts, _slots, weights, given, d_cost):
+    def look(parts, _slots, weights, given, d_cost, **_):
         weights, given = (jax.tree.map(lambda leaf: leaf[0], tree) for tree in (weights, given))
         kept, deferred = ([jnp.zeros(of.shape, of.dtype) for of in shapes] for shapes in (parts.kept, parts.deferred))
         dy = jnp.zeros((1, config.train.seq_len, config.model.hidden_size), activation_dtype(precision))
