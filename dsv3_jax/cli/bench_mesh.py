@@ -1,16 +1,19 @@
 """``dsv3 bench mesh PRESET``: one step on many meshes of this machine's devices, each against one device."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from dsv3_jax.cli.overrides import parse_config
 from dsv3_jax.config import Config, ConfigError, to_toml
@@ -77,12 +80,28 @@ def run(argv: Sequence[str]) -> int:
         memory=machine["memory"],
     )
     bench = Bench(config, options, machine, devices, rows, environment, end)
-    try:
-        bench.run()
-    except KeyboardInterrupt:
-        bench.show()
-        raise
+    with _ended_like_interrupted():
+        try:
+            bench.run()
+        except KeyboardInterrupt:
+            bench.show()
+            raise
     return bench.show()
+
+
+@contextlib.contextmanager
+def _ended_like_interrupted() -> Iterator[None]:
+    """A signal to end, as `timeout` sends, does what Ctrl-C does: no process of a row stays behind."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        del number, frame
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check(options: Options) -> None:
@@ -169,24 +188,19 @@ class Bench:
             except subprocess.TimeoutExpired:
                 why = "ended: the time is over"
             except KeyboardInterrupt:
-                self._end(child)
                 self.facts[row.name] = _read(result) | {"failed": "interrupted", "left_out": True}
                 self._write()
                 raise
             finally:
-                self._end(child)
+                if child.poll() is None:
+                    child.kill()
+                    child.wait()
             found = _read(result)
         found["seconds"] = time.monotonic() - began
         if why:
             print(f"== {row.name}: {why}", file=sys.stderr, flush=True)
             found["failed"] = why
         return found
-
-    @staticmethod
-    def _end(child: subprocess.Popen[bytes]) -> None:
-        if child.poll() is None:
-            child.kill()
-            child.wait()
 
     @property
     def _settings(self) -> dict[str, Any]:

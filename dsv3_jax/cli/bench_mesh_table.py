@@ -16,8 +16,8 @@ _COLUMNS = (
     "tokens/s",
     "a device",
     "of one",
-    "of one's share",
-    "of the stages'",
+    "of share",
+    "of stages",
     "losses",
     "bubble",
     "in ticks",
@@ -28,7 +28,7 @@ _COLUMNS = (
 )
 LEGEND = (
     "batch: sequences a step x those of a micro-batch. Of one: tokens/s a device over one device that takes the whole "
-    "batch; one's share: over one that takes a device's share; the stages': over one that runs the stages' program. "
+    "batch; of share: over one that takes a device's share; of stages: over one that runs the stages' program. "
     "Losses: largest relative difference of the first three from one device's. Bubble: share of the passes' time that "
     "devices wait, seen in a profile, or (~) what the step takes beyond one device's passes; in ticks and ideal: the "
     "simulator's, with one device's passes as costs. Comm.: of the first device, and of it what nothing else hides."
@@ -42,7 +42,7 @@ def print_table(title: str, lines: Sequence[Figures], refused: Mapping[str, str]
         table.add_column(name, justify="left" if name in ("row", "mesh", "losses") else "right", overflow="fold")
     for line in lines:
         table.add_row(*cells(line), style="red" if line.differs else None)
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(width=None if sys.stdout.isatty() else 220)
     console.print(table)
 
     def say(text: str) -> None:
