@@ -16,10 +16,9 @@ from dsv3_jax.nn.fp8 import Codes, FP8Weight, gemm, gradient, pad_rows, trim, wg
 from pallas_kernels.attention import attention_backward, attention_forward
 from pallas_kernels.quantize import (
     PackedE5M6,
-    pack_e5m6,
+    quantize_and_pack,
     quantize_both,
     quantize_columns,
-    quantize_rows,
     unpack_e5m6,
 )
 from pallas_kernels.quantize.reference import pad_to_tiles
@@ -58,8 +57,9 @@ def _attend(q: Array, k: Array, v: Array, weight: FP8Weight, scale: float) -> Ar
 def _forward(q: Array, k: Array, v: Array, weight: FP8Weight, scale: float) -> tuple[Array, _Kept]:
     o_BTNW, sums = attention_forward(q, k, v, scale=scale)
     o_MX = o_BTNW.reshape(-1, o_BTNW.shape[2] * o_BTNW.shape[3])
-    y_MD = gemm(quantize_rows(pad_rows(o_MX), power_of_two=True), weight.forward, None, q.dtype)
-    out, sums = jax.tree.map(lambda leaf: checkpoint_name(leaf, "attention"), (pack_e5m6(o_MX), sums))
+    tiles, packed = quantize_and_pack(pad_rows(o_MX))
+    y_MD = gemm(tiles, weight.forward, None, q.dtype)
+    out, sums = jax.tree.map(lambda leaf: checkpoint_name(leaf, "attention"), (packed, sums))
     return trim(y_MD, q.shape[:2], weight.shape[-1]), _Kept(q, k, v, out, sums, weight.backward)
 
 
@@ -68,10 +68,11 @@ def _backward(scale: float, kept: _Kept, dy: Array) -> tuple[Array, Array, Array
     dim_d = dy.shape[-1]
     dy_rows, dy_columns = quantize_both(pad_to_tiles(dy.reshape(-1, dim_d), 2))
     o_MX = unpack_e5m6(out, dy.dtype)
-    dw_XD = wgrad(quantize_columns(pad_rows(o_MX), power_of_two=True), dy_columns, None)
+    dw_XD = wgrad(quantize_columns(o_MX, power_of_two=True), dy_columns, None)
     shape = (*q.shape[:3], v.shape[3])
     do_BTNW = trim(gemm(dy_rows, codes, None, dy.dtype), dy.shape[:-1], o_MX.shape[1]).reshape(shape)
-    dq, dk, dv = attention_backward(q, k, v, o_MX.reshape(shape), sums, do_BTNW, scale=scale)
+    o_BTNW = trim(o_MX, dy.shape[:-1], o_MX.shape[1]).reshape(shape)
+    dq, dk, dv = attention_backward(q, k, v, o_BTNW, sums, do_BTNW, scale=scale)
     return dq, dk, dv, gradient(dw_XD[:, :dim_d])
 
 

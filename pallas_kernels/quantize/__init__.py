@@ -4,6 +4,7 @@ from pallas_kernels.quantize.e5m6 import PackedE5M6, pack_e5m6, unpack_e5m6
 from pallas_kernels.quantize.op import (
     Weight,
     check_finite,
+    quantize_and_pack,
     quantize_both,
     quantize_columns,
     quantize_rows,
@@ -21,6 +22,7 @@ __all__ = [
     "dequantize_blocks",
     "dequantize_rows",
     "pack_e5m6",
+    "quantize_and_pack",
     "quantize_blocks",
     "quantize_both",
     "quantize_columns",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import memory_bench
-from pallas_kernels.quantize import cases, e5m6, pallas_sm90, reference
+from pallas_kernels.quantize import cases, e5m6, e5m6_sm90, op, pallas_sm90, reference
 from pallas_kernels.quantize.tile_loop import Tiling
 
 ACTIVATION_OPERATIONS = {"quantize_rows": 1, "quantize_columns": 1, "quantize_both": 2}
@@ -82,8 +82,19 @@ def run_activations(bench: memory_bench.MemoryBench, case: cases.Case, tune: boo
     moved = 2 * (x.size + 4 * x.size // reference.TILE)
     kernel, portable = pallas_sm90.requantize_columns, reference.requantize_columns
     compare(bench, case, "requantize_columns", tuple(stored), moved, portable, kernel, tune)
-    bench.measure(case.name, "pack_e5m6", "xla", e5m6.pack_e5m6, (x,), moved_bytes=7 * x.size // 2)
-    packed = jax.jit(e5m6.pack_e5m6)(x)
+    run_storage(bench, case, x, tune)
+
+
+def run_storage(bench: memory_bench.MemoryBench, case: cases.Case, x: Array, tune: bool) -> None:
+    """E5M6: written beside row-wise tiles, and read."""
+    moved = 9 * x.size // 2 + 2 * 4 * x.size // reference.TILE
+    measure = functools.partial(bench.measure, case.name, "quantize_and_pack", arguments=(x,), moved_bytes=moved)
+    portable = jax.jit(functools.partial(op.quantize_and_pack, implementation="xla"))
+    expected, baseline = portable(x), measure("xla", portable)
+    for rows in (32, 16, 64) if tune else (32,):
+        kernel = functools.partial(e5m6_sm90.quantize_and_pack, tiling=Tiling(rows=rows))
+        measure(f"pallas rows {rows}", kernel, expected=expected, against=baseline, sustained=rows == 32)
+    packed = expected[1]
     unpack = functools.partial(e5m6.unpack_e5m6, dtype=jnp.bfloat16)
     bench.measure(case.name, "unpack_e5m6", "xla", unpack, (packed,), moved_bytes=7 * x.size // 2)
 

@@ -1,8 +1,9 @@
 """E5M6: 12-bit storage of the attention output, which its own backward reads again (spec 12).
 
 A sign, 5 exponent bits (bias 15) and 6 mantissa bits, as in IEEE formats with subnormals; the largest finite value is
-65024. Tiles are 1 x 128 with a power-of-two scale, and two values take three bytes, little-endian, the first in the low
-bits.
+65024. Tiles are 1 x 128 with a power-of-two scale. A row's bytes are the low eight bits of each value in order, then
+the high four of two values a byte: one of the row's first half in the low bits, its partner of the second half in the
+high ones. Nothing is interleaved, so that both directions are one elementwise pass.
 """
 
 from typing import NamedTuple
@@ -12,19 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8, UInt32
 
-from pallas_kernels.quantize.reference import (
-    AMAX_FLOOR,
-    TILE,
-    divide,
-    largest_magnitude,
-    pad_to_tiles,
-    round_up_to_power_of_two,
-)
+from pallas_kernels.quantize.reference import AMAX_FLOOR, TILE, largest_magnitude, pad_to_tiles
 
-E5M6_MAX = 65024.0
 _SMALLEST_NORMAL = 2.0**-14
 _SUBNORMALS_PER_ONE = 2.0**20
-_INFINITY = 31 << 6
+_INTEGERS = 2.0**23
+"""From here on float32 holds integers alone: adding it rounds to one."""
 
 
 class PackedE5M6(NamedTuple):
@@ -35,13 +29,12 @@ class PackedE5M6(NamedTuple):
 
 
 def encode_e5m6(x: Float32[Array, "..."]) -> UInt32[Array, "..."]:
-    """The 12-bit code of each value, rounded to nearest even; what is not finite, or rounds past 65024, is infinity."""
-    bits = lax.bitcast_convert_type(jnp.abs(x), jnp.uint32)
-    rounded = bits + 0xFFFF + ((bits >> 17) & 1)
-    normal = jnp.minimum((rounded >> 17) - ((127 - 15) << 6), _INFINITY)
-    subnormal = jnp.round(jnp.abs(x) * _SUBNORMALS_PER_ONE).astype(jnp.uint32)
-    magnitude = jnp.where(jnp.abs(x) < _SMALLEST_NORMAL, subnormal, jnp.where(bits >= 0x7F800000, _INFINITY, normal))
-    return magnitude | (jnp.signbit(x).astype(jnp.uint32) << 11)
+    """The 12-bit code of each value of a magnitude of at most 65024, rounded to nearest even."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    magnitude = bits & 0x7FFFFFFF
+    normal = ((magnitude + 0xFFFF + ((magnitude >> 17) & 1)) >> 17) - ((127 - 15) << 6)
+    subnormal = lax.bitcast_convert_type(jnp.abs(x) * _SUBNORMALS_PER_ONE + _INTEGERS, jnp.uint32) & 0x7F
+    return jnp.where(jnp.abs(x) < _SMALLEST_NORMAL, subnormal, normal) | ((bits >> 20) & 0x800)
 
 
 def decode_e5m6(code: UInt32[Array, "..."]) -> Float32[Array, "..."]:
@@ -53,9 +46,23 @@ def decode_e5m6(code: UInt32[Array, "..."]) -> Float32[Array, "..."]:
     return jnp.where(code >> 11 == 1, -magnitude, magnitude)
 
 
-def _reciprocal(power_of_two: Float32[Array, "..."]) -> Float32[Array, "..."]:
-    """``1 / power_of_two`` from the exponent, for a GPU's division is not exact."""
-    return lax.bitcast_convert_type((254 << 23) - lax.bitcast_convert_type(power_of_two, jnp.int32), jnp.float32)
+def scale_e5m6(amax: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """``2 ** ceil(log2(amax / 65024))``, amax at least 1e-4; infinity where it is not finite."""
+    bits = lax.bitcast_convert_type(jnp.maximum(amax, jnp.float32(AMAX_FLOOR)), jnp.int32)
+    # 65024 is 127/64 of 2 ** 15: a larger significand carries into the exponent.
+    scale = ((bits + 0x1FFFF) & 0x7F800000) - (15 << 23)
+    return jnp.where(amax < jnp.inf, lax.bitcast_convert_type(scale, jnp.float32), jnp.inf)
+
+
+def scaled_code_e5m6(x: Float32[Array, "..."], scale: Float32[Array, "..."]) -> UInt32[Array, "..."]:
+    """The code of ``x / scale`` for powers of two of ``x``'s shape; 0 where the scale is infinite."""
+    inverse = lax.bitcast_convert_type((254 << 23) - lax.bitcast_convert_type(scale, jnp.int32), jnp.float32)
+    return jnp.where(scale < jnp.inf, encode_e5m6(x * inverse), jnp.uint32(0))
+
+
+def high_bits(first: UInt32[Array, "..."], second: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """The byte of both codes' high four bits."""
+    return (first >> 8) | (second >> 8 << 4)
 
 
 def pack_e5m6(x_MK: Float[Array, "M K"]) -> PackedE5M6:
@@ -70,23 +77,19 @@ def pack_e5m6(x_MK: Float[Array, "M K"]) -> PackedE5M6:
     if dim_k % 2:
         raise ValueError(f"pack_e5m6: two values share three bytes, so K must be even, got {dim_k}")
     x_MBK = pad_to_tiles(x_MK, 1).reshape(rows, -(-dim_k // TILE), TILE).astype(jnp.float32)
-    amax_MB = largest_magnitude(x_MBK, 2)
-    floored_MB = jnp.where(amax_MB < AMAX_FLOOR, jnp.float32(AMAX_FLOOR), amax_MB)
-    scale_MB = round_up_to_power_of_two(divide(floored_MB, E5M6_MAX))
-    usable_MB1 = jnp.isfinite(scale_MB)[:, :, None]
-    codes = encode_e5m6(jnp.where(usable_MB1, x_MBK * _reciprocal(scale_MB)[:, :, None], 0.0))
-    pair = codes.reshape(rows, -1, 2)[:, : dim_k // 2]
-    both = pair[..., 0] | (pair[..., 1] << 12)
-    packed = jnp.stack([both, both >> 8, both >> 16], axis=-1).astype(jnp.uint8)
-    return PackedE5M6(packed.reshape(rows, -1), scale_MB.T)
+    scale_MB = scale_e5m6(largest_magnitude(x_MBK, 2))
+    codes = scaled_code_e5m6(x_MBK, jnp.broadcast_to(scale_MB[:, :, None], x_MBK.shape))
+    first, second = jnp.split(codes.reshape(rows, -1)[:, :dim_k], 2, axis=1)
+    packed = jnp.concatenate([first, second, high_bits(first, second)], axis=1).astype(jnp.uint8)
+    return PackedE5M6(packed, scale_MB.T)
 
 
 def unpack_e5m6(stored: PackedE5M6, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "M K"]:
     """The values ``[M, K]`` of :func:`pack_e5m6`, computed in float32 and rounded once to ``dtype``."""
-    rows = stored.packed.shape[0]
-    low, middle, high = jnp.moveaxis(stored.packed.reshape(rows, -1, 3).astype(jnp.uint32), -1, 0)
-    both = low | (middle << 8) | (high << 16)
-    x_MK = decode_e5m6(jnp.stack([both & 0xFFF, both >> 12], axis=-1).reshape(rows, -1))
-    dim_k = x_MK.shape[1]
+    rows, size = stored.packed.shape
+    dim_k = size // 3 * 2
+    low, high = jnp.split(stored.packed.reshape(rows, 3, -1).astype(jnp.uint32), [2], axis=1)
+    half = jnp.arange(2, dtype=jnp.uint32)[:, None]
+    x_MK = decode_e5m6(low | ((high >> 4 * half & 15) << 8)).reshape(rows, dim_k)
     scaled = pad_to_tiles(x_MK, 1).reshape(rows, -1, TILE) * stored.scale.T[:, :, None]
     return scaled.reshape(rows, -1)[:, :dim_k].astype(dtype)

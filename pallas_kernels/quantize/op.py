@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Float8e4m3fn, Float32
 
 from pallas_kernels import dispatch
 from pallas_kernels.once import once
-from pallas_kernels.quantize import pallas_sm90, reference
+from pallas_kernels.quantize import e5m6, e5m6_sm90, pallas_sm90, reference
+from pallas_kernels.quantize.e5m6 import PackedE5M6
 from pallas_kernels.quantize.reference import Tiles
 
 
@@ -111,6 +112,20 @@ def requantize_columns(
     the subnormals of its new tile; otherwise values are rounded a second time. Otherwise as :func:`quantize_rows`.
     """
     return _run("requantize_columns", implementation, power_of_two, q_MK, scale)
+
+
+@jax.named_scope("quantizer")
+def quantize_and_pack(
+    x_MK: Float[Array, "M K"], *, implementation: dispatch.Implementation = "auto"
+) -> tuple[Tiles, PackedE5M6]:
+    """:func:`quantize_rows` with scales that are powers of two, and :func:`~pallas_kernels.quantize.pack_e5m6`.
+
+    The Hopper kernel, which reads ``x_MK`` once, wants K to be a multiple of 256. Otherwise as :func:`quantize_rows`.
+    """
+    chosen = dispatch.choose("quantize_and_pack", implementation, {"pallas": e5m6_sm90.obstacle(x_MK)})
+    if chosen == "pallas":
+        return once(e5m6_sm90.quantize_and_pack)(x_MK)
+    return reference.quantize_rows(x_MK, power_of_two=True), e5m6.pack_e5m6(x_MK)
 
 
 def quantize_weight(

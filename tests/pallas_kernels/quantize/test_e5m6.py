@@ -36,12 +36,22 @@ def test_values_between_two_codes_go_to_the_nearer_and_ties_to_the_even_one():
     np.testing.assert_array_equal(encode_e5m6(jnp.asarray(np.nextafter(middle, np.float32(1e9)))), lower + 1)
 
 
-def test_two_values_take_three_bytes_little_endian():
-    x = jnp.array([[1.0, -2.0]])
+def test_low_bytes_come_in_order_and_high_bits_of_both_halves_share_a_byte():
+    x = jnp.array([[1.0, 1.25, -2.0, 0.0]])
     packed, scale = pack_e5m6(x)
     assert float(scale[0, 0]) == 2.0**-14  # of 2 / 65024 = 2 ** -14.99
-    first, second = (15 + 14) << 6, (15 + 15) << 6 | 1 << 11
-    assert first | second << 12 == int.from_bytes(bytes(np.asarray(packed)[0]), "little")
+    codes = [(15 + 14) << 6, (15 + 14) << 6 | 16, (15 + 15) << 6 | 1 << 11, 0]
+    high = [codes[0] >> 8 | codes[2] >> 8 << 4, codes[1] >> 8 | codes[3] >> 8 << 4]
+    np.testing.assert_array_equal(packed, [[*(code & 255 for code in codes), *high]])
+
+
+def test_scales_are_the_smallest_powers_of_two_that_hold_their_tile():
+    significand = np.float32([1.0, 1.5, 127 / 64, np.nextafter(np.float32(127 / 64), np.float32(2)), 1.999])
+    amax = np.ldexp(significand[:, None], np.arange(-13, 127)).astype(np.float32)
+    scale = np.asarray(jax.jit(e5m6.scale_e5m6)(amax), np.float64)
+    assert (amax <= 65024 * scale).all()
+    assert (amax > 65024 * scale / 2).all()
+    assert np.isinf(jax.jit(e5m6.scale_e5m6)(jnp.array([np.inf, np.nan]))).all()
 
 
 def test_storage_takes_twelve_bits_and_its_error_is_that_of_six_mantissa_bits():
@@ -72,7 +82,9 @@ def test_one_value_that_is_not_finite_among_many_is_never_lost(bad):
     x[200, 300] = bad
     stored = pack_e5m6(jnp.asarray(x, jnp.bfloat16))
     assert np.isinf(stored.scale[2, 200])
-    assert not np.asarray(stored.packed)[200, 256 * 3 // 2 :].any()
+    bytes_of_row = np.asarray(stored.packed)[200]
+    assert not bytes_of_row[256:384].any()
+    assert not (bytes_of_row[384 + 256 - 192 :] >> 4).any()
     np.testing.assert_array_equal(np.argwhere(np.isnan(unpack_e5m6(stored))), [(200, k) for k in range(256, 384)])
 
 

@@ -8,7 +8,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.quantize import cases, op, pallas_sm90, reference
+from pallas_kernels.quantize import cases, e5m6, e5m6_sm90, op, pallas_sm90, reference
 from pallas_kernels.quantize.tile_loop import Tiling
 from pallas_kernels.testing import spilled_bytes
 
@@ -47,6 +47,12 @@ def test_results_in_the_interpreter_equal_the_definition_without_a_race():
     same(raceless(pallas_sm90.quantize_weight, w, **one_stage), jax.jit(reference.quantize_weight)(w))
 
 
+def test_rows_are_quantized_and_packed_in_one_pass_without_a_race():
+    x = jnp.asarray(cases.Case("two_halves", (128, 512), "spread").array(), jnp.bfloat16)
+    x = x.at[3, 5].set(jnp.inf).at[7].set(0).at[9].set(-0.0)
+    same(raceless(e5m6_sm90.quantize_and_pack, x), jax.jit(op.quantize_and_pack)(x))
+
+
 def test_the_kernels_lower_for_hopper_at_the_benched_shapes(monkeypatch):
     monkeypatch.setattr(dispatch, "hopper_obstacle", lambda: None)
 
@@ -57,6 +63,7 @@ def test_the_kernels_lower_for_hopper_at_the_benched_shapes(monkeypatch):
 
     rows, dim_k = cases.ACTIVATIONS[-1].shape
     lower(op.quantize_both, ((rows, dim_k), jnp.bfloat16))
+    lower(op.quantize_and_pack, ((rows, dim_k), jnp.bfloat16))
     lower(op.requantize_columns, ((rows, dim_k), jnp.float8_e4m3fn), ((dim_k // 128, rows), jnp.float32))
     lower(op.quantize_weight, ((2, *cases.WEIGHTS[0].shape), jnp.float32))
 
@@ -106,6 +113,21 @@ def test_bits_on_hopper_equal_the_definition_on_the_cpu(case, how, power_of_two)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("how", SPOILED)
+def test_bits_packed_on_hopper_equal_the_definition_on_the_cpu(how):
+    x = spoiled(jnp.asarray(cases.Case("spread", (256, 1024), "spread").array()), how).astype(jnp.bfloat16)
+    x = x.at[7].set(0).at[9].set(-0.0)
+
+    def definition(x, _):
+        return reference.quantize_rows(x, True), e5m6.pack_e5m6(x)
+
+    tiles, packed = on_the_cpu(definition, np.asarray(x), 0)
+    same(jax.jit(e5m6_sm90.quantize_and_pack)(x), (tiles, packed))
+    same(jax.jit(definition)(x, 0), (tiles, packed))
+    same(jax.jit(e5m6.unpack_e5m6)(packed), on_the_cpu(lambda stored, _: e5m6.unpack_e5m6(stored), packed, 0))
+
+
+@pytest.mark.gpu
 def test_the_corrected_product_is_the_true_quotient_for_every_bfloat16_and_many_scales():
     significands = np.arange(128, 256, dtype=np.float32) / 128
     tiles = np.concatenate([significands * np.float32(2) ** e for e in range(-16, 1)])  # below the largest of each tile
@@ -140,8 +162,9 @@ def test_bits_at_the_benched_shapes_equal_the_definition(case):
 def test_no_kernel_spills_registers():
     program = (
         "import jax, jax.numpy as jnp\n"
-        "from pallas_kernels.quantize import pallas_sm90 as p\n"
+        "from pallas_kernels.quantize import e5m6_sm90, pallas_sm90 as p\n"
         "x = jnp.zeros((256, 256), jnp.bfloat16)\n"
+        "jax.block_until_ready(e5m6_sm90.quantize_and_pack(x))\n"
         "for power_of_two in (False, True):\n"
         "    both = jax.block_until_ready(p.quantize_both(x, power_of_two))\n"
         "    jax.block_until_ready(p.quantize_rows(x, power_of_two))\n"
@@ -151,5 +174,5 @@ def test_no_kernel_spills_registers():
         "    jax.block_until_ready(p.quantize_weight(x[None].astype(jnp.float32), power_of_two))\n"
     )
     spilled = spilled_bytes(program)
-    assert len(spilled) >= 12
+    assert len(spilled) >= 13
     assert not any(spilled), spilled
