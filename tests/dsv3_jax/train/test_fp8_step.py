@@ -51,8 +51,8 @@ def stepped(config):
     return jax.tree.map(np.asarray, metrics), jax.tree.map(np.asarray, gradients)
 
 
-def assert_equal_steps(config, other, tolerance=1e-12):
-    """Measured as products are, by the square of what float32 rounds: sums over devices have another order."""
+def assert_equal_steps(config, other, tolerance=1e-8):
+    """Gradients to 1.4e-4 in relative norm: an activation whose last bit differs may get another 8-bit code."""
     (metrics, gradients), (found_metrics, found) = stepped(other), stepped(config)
     for name in ("loss", "grad_norm"):
         assert float(found_metrics[name]) == pytest.approx(float(metrics[name]), rel=1e-6), name
