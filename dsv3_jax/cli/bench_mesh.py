@@ -50,6 +50,9 @@ class Options:
     tolerance: float = 0.0
     """Largest relative difference of the first losses from one device's; 0 is by train.precision (1e-5 with fp32, 2e-4
     with bf16, 2e-3 with fp8)."""
+    ahead: bool = False
+    """Compile the rows' programs before the first one runs, as many at one time as there are devices, each choosing its
+    kernels on another one. Needs compiled programs to be kept."""
     compile_cache: str = ""
     """Folder that compiled programs are kept in for the next time; empty is one in the user's cache, 'off' none."""
 
@@ -113,6 +116,8 @@ def _check(options: Options) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} = {getattr(options, name)} must not be negative")
     if options.seconds <= 0:
         raise ConfigError(f"--seconds = {options.seconds:g} must be above 0")
+    if options.ahead and "off" in (options.compile_cache, os.environ.get("DSV3_COMPILE_CACHE")):
+        raise ConfigError("--ahead needs a folder for compiled programs: the cache is off (--compile-cache)")
     if options.resume and not options.json:
         raise ConfigError("--resume needs --json: the file of the run to go on with")
 
@@ -150,11 +155,15 @@ class Bench:
     end: float
     """When the time is over, by the monotonic clock."""
     facts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    others: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """``facts`` and ``figures`` of rows that a former run had and this one does not name; they stay in the file."""
 
     def run(self) -> None:
         """Every row that is not known yet, one after another."""
         if self.options.resume:
             self.facts = self._known()
+        if self.options.ahead:
+            self._ahead()
         for row in self.rows.run:
             if row.name in self.facts:
                 continue
@@ -167,9 +176,19 @@ class Bench:
                 self.facts[row.name] = self._row(row, left)
             self._write()
 
+    def _ahead(self) -> None:
+        from dsv3_jax.cli.bench_mesh_ahead import compile_rows
+
+        rows = [row for row in self.rows.run if row.name not in self.facts]
+        cache, count = self.options.compile_cache, self.machine["count"]
+        print(f"== compiling {len(rows)} programs", file=sys.stderr, flush=True)
+        began = time.monotonic()
+        compile_rows(rows, self.environment, cache, at_once=self.devices, gpus=count, end=self.end - SHORTEST)
+        print(f"== compiled in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+
     def _row(self, row: Any, seconds: float) -> dict[str, Any]:
         """One row in its process; what it wrote when it is ended before its time, and ``failed`` says why."""
-        from dsv3_jax.cli.bench_mesh_row import spec_of
+        from dsv3_jax.cli.bench_mesh_row import COMMAND, spec_of
         from dsv3_jax.train.mesh_bench import Amount
 
         options, environment = self.options, dict(self.environment)
@@ -179,8 +198,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             spec, result = Path(folder) / "spec.json", Path(folder) / "result.json"
             spec.write_text(json.dumps(spec_of(row, amount, options.compile_cache)), encoding="utf-8")
-            command = [sys.executable, "-m", "dsv3_jax.cli.bench_mesh_row", str(spec), str(result)]
-            child = subprocess.Popen(command, env=environment, stdout=sys.stderr)
+            child = subprocess.Popen([*COMMAND, str(spec), str(result)], env=environment, stdout=sys.stderr)
             why = ""
             try:
                 status = child.wait(seconds)
@@ -222,6 +240,10 @@ class Bench:
             other = [name for name, value in self._settings.items() if settings.get(name) != value]
             raise ConfigError(f"--resume: {path} is of other settings ({', '.join(other)}); name another --json")
         wanted = {row.name: list(row.trials) for row in self.rows.run}
+        self.others = {
+            "facts": {name: one for name, one in facts.items() if name not in wanted},
+            "figures": [line for line in former["figures"] if line["name"] not in wanted],
+        }
         return {
             name: one
             for name, one in facts.items()
@@ -241,8 +263,8 @@ class Bench:
             "machine": self.machine,
             "settings": self._settings,
             "refused": self.rows.refused,
-            "figures": [dataclasses.asdict(line) for line in self._figures()],
-            "facts": self.facts,
+            "figures": [*map(dataclasses.asdict, self._figures()), *self.others.get("figures", [])],
+            "facts": self.facts | self.others.get("facts", {}),
         }
         path = Path(self.options.json)
         half = path.with_name(path.name + ".part")

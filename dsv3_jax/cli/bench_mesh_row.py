@@ -17,15 +17,18 @@ import jax
 
 from dsv3_jax.cli.compile_cache import keep_compiled
 from dsv3_jax.config import ConfigError, load_config, to_toml
-from dsv3_jax.train.mesh_bench import Amount, measure
+from dsv3_jax.train.mesh_bench import Amount, compile_ahead, measure
 from dsv3_jax.train.mesh_rows import Row
 from dsv3_jax.train.step import out_of_memory
 
+COMMAND = (sys.executable, "-m", "dsv3_jax.cli.bench_mesh_row")
+"""Begin of the command line, before the two files."""
 
-def spec_of(row: Row, amount: Amount, compile_cache: str) -> dict[str, Any]:
-    """What :func:`main` reads."""
+
+def spec_of(row: Row, amount: Amount | None, compile_cache: str) -> dict[str, Any]:
+    """What :func:`main` reads; without an amount the row is compiled and not run."""
     facts = {"name": row.name, "trials": row.trials, "config": to_toml(row.config), "compile_cache": compile_cache}
-    return facts | {"amount": dataclasses.asdict(amount)}
+    return facts | {"amount": dataclasses.asdict(amount) if amount else None}
 
 
 def row_of(spec: Mapping[str, Any]) -> Row:
@@ -50,6 +53,9 @@ def main(arguments: list[str]) -> int:
     row = row_of(spec)
     keep_compiled(spec["compile_cache"])
     try:
+        if spec["amount"] is None:
+            keep({"compile_seconds": compile_ahead(row)})
+            return 0
         measure(row, Amount(**spec["amount"]), say=say, keep=keep)
     except ConfigError as error:
         keep({"failed": str(error)})

@@ -5,11 +5,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dsv3_jax.config import Config, replace
 from dsv3_jax.train.bench import peak_memory, time_steps
@@ -18,7 +20,7 @@ from dsv3_jax.train.mesh_profile import communication, waiting_share
 from dsv3_jax.train.mesh_rows import ONE, STAGES, Row
 from dsv3_jax.train.pipeline import Pipeline, step_table
 from dsv3_jax.train.profile import compile_step, profile_steps, random_batches
-from dsv3_jax.train.state import TrainState, config_mesh, init_state, placed_model
+from dsv3_jax.train.state import TrainState, abstract_state, config_mesh, init_state, placed_model
 from dsv3_jax.train.step import TrainStep, make_train_step
 from dsv3_jax.train.trace_events import read_events
 from sharding.pipeline.partition import make_partition
@@ -57,16 +59,14 @@ def measure(row: Row, amount: Amount, *, say: Callable[[str], None], keep: Calla
     """
     config = row.config
     mesh = config_mesh(config)
-    step = make_train_step(config, mesh)
-    if row.name == STAGES:
-        step = as_one_stage(step)
+    step = _step_of(row, mesh)
     begin = time.perf_counter()
     state: TrainState | None = init_state(config, mesh)
     jax.block_until_ready(state.params)
     facts: Facts = {"start_seconds": time.perf_counter() - begin}
     say("compiling")
     begin = time.perf_counter()
-    compiled = compile_step(step, state, random_batches(config, 1)[0], for_trace=True)
+    compiled = _compiled(step, state)
     facts |= {"compile_seconds": time.perf_counter() - begin, "trials": []}
     step.jitted, planned = compiled, compiled.memory_analysis()
     for sequences in row.trials:
@@ -88,6 +88,28 @@ def measure(row: Row, amount: Amount, *, say: Callable[[str], None], keep: Calla
         facts |= _profiled(step, state, amount.profiled)
     keep(facts)
     return facts
+
+
+def compile_ahead(row: Row) -> float:
+    """Compiles the program that :func:`measure` will run, without a state, for a cache of compiled programs to keep;
+    seconds that it took."""
+    mesh = config_mesh(row.config)
+    step = _step_of(row, mesh)
+    begin = time.perf_counter()
+    _compiled(step, abstract_state(row.config, mesh))
+    return time.perf_counter() - begin
+
+
+def _step_of(row: Row, mesh: Mesh) -> TrainStep:
+    step = make_train_step(row.config, mesh)
+    return as_one_stage(step) if row.name == STAGES else step
+
+
+def _compiled(step: TrainStep, state: TrainState) -> Any:
+    """In a thread of its own, which has no callers: programs are kept under a name that their lines are part of."""
+    batch = random_batches(step.config, 1)[0]
+    with ThreadPoolExecutor(1) as alone:
+        return alone.submit(compile_step, step, state, batch, for_trace=True).result()
 
 
 def _smaller(step: TrainStep, sequences: int) -> TrainStep:

@@ -30,15 +30,18 @@ class Children:
     """Processes of rows that do at once what they are told by name: ``facts``, an exit status, or what to raise."""
 
     def __init__(self, **told):
-        self.told, self.begun, self.killed, self.environments = told, [], [], {}
+        self.told, self.begun, self.compiled, self.killed, self.environments = told, [], [], [], {}
 
     def __call__(self, command, env, stdout):
         spec = json.loads(Path(command[-2]).read_text(encoding="utf-8"))
         name = spec["name"]
-        self.begun.append(name)
+        if spec["amount"] is not None:
+            self.begun.append(name)
         self.environments[name] = env
         told = self.told.get(name, {})
-        if not isinstance(told, int):
+        if spec["amount"] is None:
+            self.compiled.append((name, env["CUDA_VISIBLE_DEVICES"]))
+        elif not isinstance(told, int):
             found = facts(spec["trials"]) | (told if isinstance(told, dict) else {})
             Path(command[-1]).write_text(json.dumps(found), encoding="utf-8")
         return Child(self, name, told)
@@ -55,7 +58,7 @@ class Child:
         return self.told if isinstance(self.told, int) else 0
 
     def poll(self):
-        return 0 if self.over else None
+        return 0 if self.over or self.children.begun == [] else None
 
     def kill(self):
         self.children.killed.append(self.name)
@@ -142,13 +145,28 @@ def test_ctrl_c_keeps_what_was_done_and_resuming_goes_on(children, tmp_path, cap
     assert bench("--only", "expert,data", "--json", str(out), "--resume") == 0
     assert again.begun == ["data"]
     assert {line["name"] for line in json.loads(out.read_text())["figures"]} == {"one", "expert", "data"}
+    assert bench("--only", "zb1p,expert,data", "--json", str(out), "--resume") == 0
+    assert bench("--only", "zb1p", "--json", str(out), "--resume") == 0
+    assert again.begun == ["data", "one", "zb1p", "one"], "the reference, on other batches than before"
+    assert {"expert", "data", "zb1p"} <= {line["name"] for line in json.loads(out.read_text())["figures"]}
     assert bench("--only", "expert", "--json", str(out), "--resume", "--steps", "9") == 2
     assert "is of other settings (steps); name another --json" in capsys.readouterr().err
+
+
+def test_programs_compiled_ahead_choose_their_kernels_on_different_gpus(children, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setenv("DSV3_COMPILE_CACHE", "")
+    found = children()
+    assert bench("--only", "expert,data", "--ahead") == 0
+    assert found.begun == ["one", "expert", "data"]
+    assert found.compiled == [("one", "4,5,6,7"), ("expert", "5,6,7,4"), ("data", "6,7,4,5")]
+    assert found.environments["expert"]["CUDA_VISIBLE_DEVICES"] == "4,5,6,7", "rows see them as they are"
 
 
 @pytest.mark.parametrize(
     ("given", "told"),
     [
+        (["--ahead"], "--ahead needs a folder for compiled programs: the cache is off"),
         (["--gpus", "8"], "--gpus = 8: this machine has 4 (NVIDIA H200)"),
         (["--gpus", "1"], "a mesh needs 2 devices or more, not 1"),
         (["--gpus", "3", "--only", "dualpipe"], "--only names 'dualpipe': dualpipe needs an even number of devices"),
@@ -217,6 +235,18 @@ def test_the_whole_of_it_on_two_devices(tmp_path, monkeypatch, capsys):
     assert data["exposed_ms"] is None, "of a GPU only"
     assert data["peak_memory_gib"] > 0
     assert "data = 2" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_program_compiled_ahead_is_found_by_its_row(tmp_path):
+    """Its name in the cache is made of the lines that led to it, too."""
+    out, cache = tmp_path / "mesh.json", tmp_path / "cache"
+    command = [sys.executable, "-m", "dsv3_jax.cli.main", "bench", "mesh", preset(tmp_path, ROUTED)]
+    command += ["--gpus", "2", "--only", "1f1b", "--steps", "1", "--warmup", "1", "--ahead", "--seconds", "900"]
+    command += ["--compile-cache", str(cache), "--json", str(out), "--profiled", "0"]
+    subprocess.run(command, env=os.environ | {"DSV3_COMPILE_CACHE": ""}, check=True)
+    programs = [path for path in cache.iterdir() if path.name.startswith("jit__local_step")]
+    assert len(programs) == 2, "one of each row"
 
 
 @pytest.mark.slow
