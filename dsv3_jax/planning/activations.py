@@ -63,20 +63,30 @@ def kept_by_block(model: ModelConfig, work: Work, remat: str, *, moe: bool) -> T
 
 def put_off_by_block(model: ModelConfig, work: Work) -> Tensors:
     """Bytes that one mixture-of-experts block keeps of a backward pass whose weight gradients are put off: inputs of
-    its matrix products, once each, and gradients of their outputs."""
-    per_token, d = work.tokens * work.element, model.hidden_size
+    its matrix products, once each, and gradients of their outputs. In FP8 steps that is 8 bits a value of all but
+    attention's output and the router's input."""
+    tokens, d, width = work.tokens, model.hidden_size, model.moe_intermediate_size
     heads, query, value = model.num_attention_heads, model.qk_head_dim, model.value_head_dim
     if model.attention == "mla":
-        latents = model.q_lora_rank + model.kv_lora_rank
-        made = latents + model.qk_rope_head_dim + heads * (query + model.qk_nope_head_dim + value)
+        read = [d, model.q_lora_rank, model.kv_lora_rank]
+        made = [heads * query, model.kv_lora_rank + model.qk_rope_head_dim, model.q_lora_rank]
+        made.append(heads * (model.qk_nope_head_dim + value))
     else:
-        latents, made = 0, heads * query + model.num_key_value_heads * (query + value)
-    tensors = {"attention": per_token * (d + latents + heads * value + made + d)}
-    _, rows = rows_of_experts(model, work)
-    tensors["experts"] = rows * (2 * d + 3 * model.moe_intermediate_size) * work.element
-    shared = model.n_shared_experts * model.moe_intermediate_size
-    tensors["shared experts"] = per_token * (2 * d + 3 * shared) if shared else 0
-    return tensors
+        read, made = [d], [heads * query, *[model.num_key_value_heads * head for head in (query, value)]]
+    held, rows = rows_of_experts(model, work)
+    shared = model.n_shared_experts * width
+    hidden = [shared, 2 * shared] if work.fp8 else [2 * shared, 2 * shared]
+    return {
+        "attention's inputs": sum(_input(tokens, size, work) for size in read) + tokens * heads * value * work.element,
+        "gradients of attention's outputs": sum(_gradient(tokens, size, work) for size in [*made, d]),
+        "experts' rows": _input(held, d, work) + _gradient(rows, d, work),
+        "experts' hidden rows": _gradient(rows, width, work) + _gradient(rows, 2 * width, work),
+        "router's input and gradients": tokens * (d * work.element + 4 * model.n_routed_experts),
+        "shared experts": _gradient(tokens, d, work) + sum(_gradient(tokens, size, work) for size in hidden)
+        if shared
+        else 0,
+        "tokens in 8 bits": _input(tokens, d, work) if work.fp8 and shared else 0,
+    }
 
 
 def computed_again(model: ModelConfig, work: Work, remat: str, *, moe: bool) -> int:
@@ -138,6 +148,11 @@ def _norm(width: int, work: Work) -> int:
 def _input(rows: int, width: int, work: Work) -> int:
     """What a linear layer reads; in FP8 a byte a value and a float32 scale for each 128."""
     return rows * width + rows * 4 * math.ceil(width / 128) if work.fp8 else rows * width * work.element
+
+
+def _gradient(rows: int, width: int, work: Work) -> int:
+    """What a weight's gradient is made of: in FP8 the same, with the scales of columns."""
+    return -(-width // 128) * 128 * (rows + 4 * math.ceil(rows / 128)) if work.fp8 else rows * width * work.element
 
 
 def _input_norm(width: int, work: Work) -> int:

@@ -17,7 +17,8 @@ _MOST = 0.95
 def remedy(config: Config, plan: MemoryPlan, device: int, share: float, schedule: Schedule | None = None) -> str | None:
     """One line when ``plan`` is larger than ``share`` of the ``device`` bytes, with what to change; else None.
 
-    Tried in this order: a larger share; smaller micro-batches and then more recomputation, alone and together.
+    Tried in this order: a larger share; smaller micro-batches, then fewer weight gradients that wait in a pipeline,
+    then more recomputation, alone and together.
     """
     limit = device * share
     if plan.total <= limit:
@@ -26,10 +27,12 @@ def remedy(config: Config, plan: MemoryPlan, device: int, share: float, schedule
     if plan.total <= device * _MOST:
         return f"{line}; set XLA_PYTHON_CLIENT_MEM_FRACTION={_MOST} to use {device * _MOST / 1e9:,.1f} GB"
     smaller = plan
-    for changes in _changes(config):
-        smaller = plan_memory(replace(config, train=changes), schedule=schedule)
+    for changes in _changes(config, schedule or config.mesh.schedule):
+        smaller = plan_memory(replace(config, **changes), schedule=schedule)
         if smaller.total <= limit:
-            words = " and ".join(f"train.{name} = {value!r}" for name, value in changes.items())
+            words = " and ".join(
+                f"{section}.{name} = {value!r}" for section, values in changes.items() for name, value in values.items()
+            )
             return f"{line}; {words} would take {smaller.total / 1e9:,.1f} GB"
     parts = smaller.state | smaller.step
     largest = max(parts, key=lambda name: parts[name])
@@ -40,12 +43,16 @@ def remedy(config: Config, plan: MemoryPlan, device: int, share: float, schedule
     )
 
 
-def _changes(config: Config) -> Iterator[dict[str, Any]]:
-    train = config.train
+def _changes(config: Config, schedule: Schedule) -> Iterator[dict[str, dict[str, Any]]]:
+    train, now_waiting = config.train, config.mesh.waiting
+    puts_off = config.mesh.pipe > 1 and schedule in ("zb1p", "dualpipe", "dualpipev")
+    fewer = [most for most in (1, 0) if puts_off and (now_waiting == -1 or most < now_waiting)]
     now = train.micro_batch_size or train.batch_size // (config.mesh.expert * config.mesh.data)
     sizes = [size for size in range(now, 0, -1) if now % size == 0]
     modes = ("none", "paper", "full")
     for remat in modes[modes.index(train.remat) :]:
-        for size in sizes:
-            changed = {} if size == now else {"micro_batch_size": size}
-            yield changed | ({} if remat == train.remat else {"remat": remat})
+        for waiting in (now_waiting, *fewer):
+            for size in sizes:
+                changed = {} if size == now else {"micro_batch_size": size}
+                changed |= {} if remat == train.remat else {"remat": remat}
+                yield {"train": changed, "mesh": {} if waiting == now_waiting else {"waiting": waiting}}

@@ -13,20 +13,14 @@ from dataclasses import dataclass, field
 
 from jax.sharding import PartitionSpec
 
-from dsv3_jax.config import Config, ConfigError, ModelConfig
-from dsv3_jax.planning.activations import (
-    Tensors,
-    Work,
-    block_rows,
-    computed_again,
-    kept_by_block,
-    put_off_by_block,
-    rows_of_experts,
-)
-from dsv3_jax.planning.shapes import block_shapes, parameter_shapes, router_bias_shapes
+from dsv3_jax.config import Config, ConfigError
+from dsv3_jax.planning.activations import Tensors, Work, block_rows, kept_by_block
+from dsv3_jax.planning.at_work import head_at_work, layer_at_work, mtp_kept, size_of
+from dsv3_jax.planning.carried import carried_by_ticks, pass_at_work
+from dsv3_jax.planning.shapes import parameter_shapes, router_bias_shapes
 from dsv3_jax.planning.stages import Schedule, Stages, stages_of
 from sharding.expert_parallel import ExpertParallel
-from sharding.rules import dims_of, model_spec, stacked_layers, zero_spec
+from sharding.rules import model_spec, stacked_layers, travels_as, zero_spec
 
 
 @dataclass(frozen=True)
@@ -126,43 +120,40 @@ class _Weights:
     cast: int = 0
     """``whole`` that is kept whole and enters products in another type than float32."""
     gathered: Tensors = field(default_factory=dict)
-    """Of those that are not kept whole, by whether they travel as ``bf16`` or ``fp32``."""
-    parts: Tensors = field(default_factory=dict)
-    """``whole`` by place: ``stage``, and what is at the pipeline's ``first`` or ``last`` end."""
+    """Of those that are not kept whole, by whether they travel as ``bf16``, ``fp32`` or ``fp8``."""
+    codes: int = 0
+    """Bytes of those that travel as ``fp8``: codes in both orientations, padded, and their scales."""
+    mirrored: int = 0
+    """Of ``whole``, what another rank's share of the gradients holds: DualPipe's mirror copy."""
 
 
 def _weights(config: Config, sizes: dict[str, int], stages: Stages) -> _Weights:
     pipe, found = sizes["pipe"], _Weights()
     for path, shape in parameter_shapes(config.model).items():
-        place = _PLACES.get(path.split("/")[0], "last")
-        if place == "stage":
+        staged = path.startswith("moe/")
+        if staged:
             shape = (pipe * stages.stored, *shape[1:])
         whole_spec = model_spec(path, shape, sizes)
         share_spec = zero_spec(shape, whole_spec, sizes, stacked_layers(path, len(shape)))
         whole, share = _part(shape, whole_spec, sizes), _part(shape, share_spec, sizes)
-        if place == "stage":
+        if staged:
+            found.mirrored += whole // stages.stored * (stages.held - stages.stored)
             whole = whole // stages.stored * stages.held
         found.share += share
         found.whole += whole
-        found.parts[place] = found.parts.get(place, 0) + whole
-        float32 = config.train.precision == "fp32" or dims_of(path, len(shape))[-1] in ("norm", "router")
+        kind = travels_as(path, len(shape), config.train.precision)
         if pipe == 1 and share_spec == whole_spec:
-            found.cast += 0 if float32 else whole
+            found.cast += 0 if kind == "fp32" else whole
         else:
-            kind = "fp32" if float32 else "bf16"
             found.gathered[kind] = found.gathered.get(kind, 0) + whole
+            found.codes += _codes(shape[-2:], whole) if kind == "fp8" else 0
     return found
 
 
-_PLACES = {"moe": "stage", "embedding": "first", "dense": "first"}
-
-
-def _one_pass(weights: _Weights, stages: Stages, pipe: int) -> int:
-    """Parameters whose gradients one backward pass makes: of everything, or of a chunk and the larger of the ends."""
-    if pipe == 1:
-        return weights.whole
-    ends = max(weights.parts.get("first", 0), weights.parts.get("last", 0))
-    return weights.parts.get("stage", 0) // stages.held * stages.chunk + ends
+def _codes(matrix: tuple[int, ...], numbers: int) -> int:
+    """A byte a number in each of two orientations, padded to tiles of 128 x 128, and a float32 scale for each."""
+    tiles = math.prod(-(-size // 128) for size in matrix) * (numbers // math.prod(matrix))
+    return 2 * tiles * (128 * 128 + 4)
 
 
 def _part(shape: tuple[int, ...], spec: PartitionSpec, sizes: dict[str, int]) -> int:
@@ -189,37 +180,39 @@ def _plan(config: Config, sizes: dict[str, int], work: Work, micro_batches: int,
     }
     kinds = [("dense", False)] * (model.n_dense_layers > 0) + [("moe", True)] * (model.n_moe_layers > 0)
     kept = {name: kept_by_block(model, work, train.remat, moe=moe) for name, moe in kinds}
-    put_off = sum(put_off_by_block(model, work).values()) if model.n_moe_layers else 0
+    average = 4 * weights.share if train.ema_decay else 0
+    host = {"EMA": average, "copies of it on their way": average}
+    step = {"gathered weights": _held(weights, sizes), "parameters copied for the EMA": average}
+    if sizes["pipe"] > 1:
+        ticks = carried_by_ticks(config, work, stages, weights.whole)
+        ticks |= pass_at_work(config, work, paired=schedule in ("dualpipe", "dualpipev"))
+        after = {"gradients": 4 * weights.whole, "mirror's gradients on their way": 8 * weights.mirrored}
+        after |= {"gradients in shares": 4 * weights.share}
+        step |= {"weights, cast": weights.codes} | max(ticks, after, key=size_of)
+        return MemoryPlan(sizes, work.tokens, micro_batches, train.remat, state, step, kept, host)
     backward = {
-        "activations of MoE layers": stages.under_way * stages.chunk * sum(kept.get("moe", {}).values()),
-        "activations of dense layers": stages.under_way_first
-        * model.n_dense_layers
-        * sum(kept.get("dense", {}).values()),
-        "weight gradients put off": stages.put_off * stages.chunk * put_off,
-        "activations of MTP": model.num_nextn_predict_layers * _mtp_kept(model, work, train.remat),
-        **max(_head(config, work, pipe=sizes["pipe"] > 1), _layer_at_work(config, work), key=_size),
+        "activations of MoE layers": model.n_moe_layers * sum(kept.get("moe", {}).values()),
+        "activations of dense layers": model.n_dense_layers * sum(kept.get("dense", {}).values()),
+        "activations of MTP": model.num_nextn_predict_layers * mtp_kept(model, work, train.remat),
+        **max(head_at_work(config, work), layer_at_work(config, work), key=size_of),
     }
     # The optimizer needs gradients summed and in shares when the activations are gone.
     update = {"gradients in shares": 4 * weights.share if weights.share < weights.whole else 0}
-    pass_ = _one_pass(weights, stages, sizes["pipe"])
     whole = {
         "gradients": 4 * weights.whole,
-        "gradients of a micro-batch": 4 * pass_ if micro_batches > 1 else 0,
+        "gradients of a micro-batch": 4 * weights.whole if micro_batches > 1 else 0,
     }
     # FP8 has a byte a number in each orientation, made once a step.
-    cast = {"weights, cast": 2 * weights.cast if train.unroll or train.precision == "fp8" else 0}
-    average = 4 * weights.share if train.ema_decay else 0
-    step = {"gathered weights": _held(weights, sizes), "parameters copied for the EMA": average}
+    cast = {"weights, cast": weights.codes + (2 * weights.cast if train.unroll or train.precision == "fp8" else 0)}
     if train.unroll:
         # Of several micro-batches the sum of gradients is carried along, their own come layer by layer.
         carried = {"gradients": whole["gradients"]} if micro_batches > 1 else {}
-        made = {"gradients of a micro-batch": 4 * pass_} if micro_batches > 1 else {"gradients": 4 * pass_}
+        made = {"gradients of a micro-batch" if micro_batches > 1 else "gradients": 4 * weights.whole}
         step |= cast | carried
-        step |= max(backward, made | _layer_at_work(config, work), carried | update, key=_size)
+        step |= max(backward, made | layer_at_work(config, work), carried | update, key=size_of)
         step = dict.fromkeys(("gathered weights", "parameters copied for the EMA", "gradients"), 0) | step
     else:
-        step |= cast | whole | max(backward, update, key=_size)
-    host = {"EMA": average, "copies of it on their way": average}
+        step |= cast | whole | max(backward, update, key=size_of)
     return MemoryPlan(sizes, work.tokens, micro_batches, train.remat, state, step, kept, host)
 
 
@@ -228,58 +221,3 @@ def _held(weights: _Weights, sizes: dict[str, int]) -> int:
     gradients in float32."""
     wide = 4 if sizes["pipe"] == 1 else 2
     return 4 * weights.gathered.get("fp32", 0) + wide * weights.gathered.get("bf16", 0)
-
-
-def _size(parts: Tensors) -> int:
-    return sum(parts.values())
-
-
-def _mtp_kept(model: ModelConfig, work: Work, remat: str) -> int:
-    """A block with the two norms and the projection before it and the norm after it."""
-    d, block = model.hidden_size, _size(kept_by_block(model, work, remat, moe=model.n_routed_experts > 0))
-    if remat != "none":
-        return block + work.tokens * work.element * d  # two inputs instead of one
-    return block + work.tokens * (3 * (12 * d + 8) + 2 * d * work.element)
-
-
-def _head(config: Config, work: Work, *, pipe: bool) -> Tensors:
-    """The end of the forward pass. A pipeline's weights come cast."""
-    model, depth = config.model, config.model.num_nextn_predict_layers
-    d, vocab, heads = model.hidden_size, model.vocab_size, 1 + config.model.num_nextn_predict_layers
-    chunk = min(config.train.loss_chunk, work.tokens)
-    return {
-        "head's norms, inputs and their gradients": heads * work.tokens * (12 + 3 * work.element) * d,
-        "logits of a chunk": chunk * vocab * (4 + work.element),
-        "head and table: casts and MTP's gradients": vocab
-        * d
-        * ((4 if work.element == 2 and not pipe else 0) + 8 * depth),
-    }
-
-
-def _layer_at_work(config: Config, work: Work) -> Tensors:
-    """The largest layer's backward pass: what it computes again, gradients of activations, its weights cast, their
-    gradients before they are stacked; and the rows that travel to its experts and back."""
-    model = config.model
-    kinds = ([False] if model.n_dense_layers else []) + ([True] if model.n_routed_experts else [])
-    return max((_one_layer(model, work, config.train.remat, moe=moe) for moe in kinds), key=_size)
-
-
-def _one_layer(model: ModelConfig, work: Work, remat: str, *, moe: bool) -> Tensors:
-    attention = 2 * work.tokens * model.num_attention_heads * (model.qk_head_dim + model.value_head_dim)
-    if moe:
-        held, rows = rows_of_experts(model, work)
-        ffn = rows * (2 * model.hidden_size + 3 * model.moe_intermediate_size)
-        ways = 2 * held * model.hidden_size * work.element if work.placement.size > 1 else 0
-    else:
-        ffn, ways = 3 * work.tokens * model.intermediate_size, 0
-    numbers = sum(
-        math.prod(shape) // (work.placement.size if dims_of(path, len(shape))[0] == "expert" else 1)
-        for path, shape in block_shapes(model, moe=moe).items()
-    )
-    weights = "a layer's gradients" if work.unroll else "a layer's weights, cast, and their gradients"
-    return {
-        "a layer computed again": computed_again(model, work, remat, moe=moe),
-        "gradients of a layer's activations": max(attention, ffn) * work.element,
-        weights: numbers * (4 if work.unroll else work.element + 4),
-        "rows on their way to experts": ways,
-    }

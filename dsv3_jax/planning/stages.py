@@ -28,6 +28,8 @@ class Stages:
     """Of these, passes of the first stage. The last stage computes head and MTP when its backward pass comes."""
     put_off: int = 0
     """Backward passes of a chunk whose weight gradients have not come, at most."""
+    messages: int = 0
+    """Activations and gradients of a stage's ends that a rank has room for: on their way, and the trunk's output."""
 
 
 def stages_of(model: ModelConfig, pipe: int, schedule: Schedule, micro_batches: int, waiting: int = -1) -> Stages:
@@ -47,7 +49,8 @@ def stages_of(model: ModelConfig, pipe: int, schedule: Schedule, micro_batches: 
     held = 2 * chunk if schedule in ("dualpipe", "dualpipev") else chunk
     # But for GPipe's, rings do not grow with more micro-batches than this (tests).
     slots = _slots(schedule, pipe, micro_batches if schedule == "gpipe" else min(micro_batches, 4 * pipe), waiting)
-    return Stages(stored, held, chunk, slots.residual, slots.first, slots.deferred)
+    messages = slots.activation + slots.gradient + slots.last + 3  # rings of messages have a slot that nobody reads
+    return Stages(stored, held, chunk, slots.residual, slots.first, slots.deferred, messages)
 
 
 def layers_of_stages(model: ModelConfig, seq_len: int, stages: int) -> tuple[int, ...]:
