@@ -39,6 +39,8 @@ class Options:
     """Keep the rows that the file of --json has from a run with the same settings."""
     seconds: float = 540.0
     """Time limit of the whole command. A row that runs then is ended, and what it measured is kept."""
+    each: float = 240.0
+    """Time limit of one row, in seconds, lest one that hangs takes all the time."""
     steps: int = 4
     """Steps that are timed in every row."""
     warmup: int = 2
@@ -114,8 +116,9 @@ def _check(options: Options) -> None:
     for name in ("gpus", "profiled", "micro_batches", "tolerance"):
         if getattr(options, name) < 0:
             raise ConfigError(f"--{name.replace('_', '-')} = {getattr(options, name)} must not be negative")
-    if options.seconds <= 0:
-        raise ConfigError(f"--seconds = {options.seconds:g} must be above 0")
+    for name in ("seconds", "each"):
+        if getattr(options, name) <= 0:
+            raise ConfigError(f"--{name} = {getattr(options, name):g} must be above 0")
     if options.ahead and "off" in (options.compile_cache, os.environ.get("DSV3_COMPILE_CACHE")):
         raise ConfigError("--ahead needs a folder for compiled programs: the cache is off (--compile-cache)")
     if options.resume and not options.json:
@@ -173,7 +176,7 @@ class Bench:
             else:
                 print(f"== {row.name}: {row.what}", file=sys.stderr, flush=True)
                 self.facts[row.name] = {}
-                self.facts[row.name] = self._row(row, left)
+                self.facts[row.name] = self._row(row, min(left, self.options.each))
             self._write()
 
     def _ahead(self) -> None:
@@ -204,7 +207,7 @@ class Bench:
                 status = child.wait(seconds)
                 why = f"its process ended with status {status}" if status else ""
             except subprocess.TimeoutExpired:
-                why = "ended: the time is over"
+                why = f"ended after {seconds:.0f} s"
             except KeyboardInterrupt:
                 self.facts[row.name] = _read(result) | {"failed": "interrupted", "left_out": True}
                 self._write()

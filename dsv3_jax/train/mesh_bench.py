@@ -143,7 +143,7 @@ def as_one_stage(step: TrainStep) -> TrainStep:
 
 
 def _scheduled(config: Config, name: str) -> Config:
-    return replace(config, mesh={"schedule": name})
+    return replace(config, mesh={"schedule": name, "waiting": -1})
 
 
 def pass_times(step: TrainStep, state: TrainState) -> dict[str, float]:

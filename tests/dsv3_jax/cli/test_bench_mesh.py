@@ -128,10 +128,11 @@ def test_what_is_left_when_time_is_over_is_told_and_no_failure(children, capsys)
 def test_a_row_that_takes_too_long_is_ended_and_what_it_has_is_kept(children, tmp_path):
     out = tmp_path / "mesh.json"
     found = children(expert=subprocess.TimeoutExpired("row", 1))
-    assert bench("--only", "expert,data", "--json", str(out)) == 1
+    assert bench("--only", "expert,data", "--each", "99", "--json", str(out)) == 1
     assert found.killed == ["expert"]
+    assert found.begun == ["one", "expert", "data"]
     line = next(line for line in json.loads(out.read_text())["figures"] if line["name"] == "expert")
-    assert (line["failed"], line["step_ms"]) == ("ended: the time is over", 160.0)
+    assert (line["failed"], line["step_ms"]) == ("ended after 99 s", 160.0)
 
 
 def test_ctrl_c_keeps_what_was_done_and_resuming_goes_on(children, tmp_path, capsys):
@@ -242,7 +243,21 @@ def test_a_program_compiled_ahead_is_found_by_its_row(tmp_path):
     """Its name in the cache is made of the lines that led to it, too."""
     out, cache = tmp_path / "mesh.json", tmp_path / "cache"
     command = [sys.executable, "-m", "dsv3_jax.cli.main", "bench", "mesh", preset(tmp_path, ROUTED)]
-    command += ["--gpus", "2", "--only", "1f1b", "--steps", "1", "--warmup", "1", "--ahead", "--seconds", "900"]
+    command += [
+        "--gpus",
+        "2",
+        "--only",
+        "1f1b",
+        "--steps",
+        "1",
+        "--warmup",
+        "1",
+        "--ahead",
+        "--each",
+        "900",
+        "--seconds",
+        "1800",
+    ]
     command += ["--compile-cache", str(cache), "--json", str(out), "--profiled", "0"]
     subprocess.run(command, env=os.environ | {"DSV3_COMPILE_CACHE": ""}, check=True)
     programs = [path for path in cache.iterdir() if path.name.startswith("jit__local_step")]
@@ -260,7 +275,20 @@ def test_every_row_runs_and_equals_one_device(tmp_path):
         "mesh",
         preset(tmp_path, ROUTED | {"num_hidden_layers": 5}),
     ]
-    command += ["--gpus", "4", "--steps", "2", "--seconds", "3000", "--tolerance", "2e-5", "--json", str(out)]
+    command += [
+        "--gpus",
+        "4",
+        "--steps",
+        "2",
+        "--seconds",
+        "3000",
+        "--each",
+        "900",
+        "--tolerance",
+        "2e-5",
+        "--json",
+        str(out),
+    ]
     done = subprocess.run(command, env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}, check=False)
     told = json.loads(out.read_text())
     assert done.returncode == 0, [line["failed"] for line in told["figures"]]
