@@ -189,6 +189,17 @@ def test_evaluation_is_in_fp8_too(calls):
     assert len(calls) == 6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"data": 4}, {"pipe": 2, "data": 2}])
+def test_evaluation_on_a_mesh_is_that_of_one_device(mesh):
+    deep = replace(CONFIG, model={"num_hidden_layers": 2})
+    (nats, labels), (found, count) = (
+        make_eval_step(config)(micro.train_state(config), ROWS) for config in (deep, replace(deep, mesh=mesh))
+    )
+    assert count == labels
+    assert found == pytest.approx(nats, rel=1e-6)
+
+
 def test_modules_pass_bfloat16_to_each_other_around_fp8_products():
     assert [activation_dtype(precision) for precision in ("fp32", "bf16", "fp8")] == [
         jnp.float32,
