@@ -58,6 +58,7 @@ def describe_pipeline(config: Config, plan: PipelinePlan, picture: str | None = 
         "tokens_per_micro_batch": plan.tokens,
         "unit": plan.unit,
         "moe_layers_of_stages": plan.layers,
+        "waiting": config.mesh.waiting,
         "schedules": {one.name: _facts(one) for one in plan.schedules},
         "refused": plan.refused,
         "picture": picture,
@@ -139,6 +140,8 @@ def _print(facts: dict[str, Any]) -> None:
         "meet after every action. Passes: most of one rank whose backward pass has not ended; held: whose weight "
         "gradient has not."
     )
+    if facts["waiting"] >= 0:
+        say(f"Weight gradients of at most {facts['waiting']} passes of a rank wait at one time (mesh.waiting).")
     say(f"Mixture-of-experts layers of the {ranks} stages: {', '.join(map(str, facts['moe_layers_of_stages']))}")
     for reason in facts["refused"].values():
         say(f"Not possible: {reason}")

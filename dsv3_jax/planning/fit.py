@@ -26,14 +26,20 @@ def remedy(config: Config, plan: MemoryPlan, device: int, share: float, schedule
     line = f"does not fit: {plan.total / 1e9:,.1f} GB of {limit / 1e9:,.1f} GB ({share:.0%} of the device)"
     if plan.total <= device * _MOST:
         return f"{line}; set XLA_PYTHON_CLIENT_MEM_FRACTION={_MOST} to use {device * _MOST / 1e9:,.1f} GB"
-    smaller = plan
-    for changes in _changes(config, schedule or config.mesh.schedule):
-        smaller = plan_memory(replace(config, **changes), schedule=schedule)
-        if smaller.total <= limit:
-            words = " and ".join(
-                f"{section}.{name} = {value!r}" for section, values in changes.items() for name, value in values.items()
-            )
-            return f"{line}; {words} would take {smaller.total / 1e9:,.1f} GB"
+    found = [
+        (changes, plan_memory(replace(config, **changes), schedule=schedule))
+        for changes in _changes(config, schedule or config.mesh.schedule)
+    ]
+    for most, also in ((limit, ""), (device * _MOST, f" and XLA_PYTHON_CLIENT_MEM_FRACTION={_MOST}")):
+        for changes, smaller in found:
+            if smaller.total <= most:
+                words = " and ".join(
+                    f"{section}.{name} = {value!r}"
+                    for section, values in changes.items()
+                    for name, value in values.items()
+                )
+                return f"{line}; {words}{also} would take {smaller.total / 1e9:,.1f} GB"
+    smaller = found[-1][1]
     parts = smaller.state | smaller.step
     largest = max(parts, key=lambda name: parts[name])
     axes = ", ".join(f"mesh.{axis} = {size}" for axis, size in plan.mesh.items())

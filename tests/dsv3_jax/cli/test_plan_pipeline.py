@@ -6,7 +6,7 @@ import pytest
 
 from dsv3_jax.cli.main import main
 
-PIPE = ["plan", "pipeline", "deepseek_v3", "--mesh.pipe", "2", "--micro-batches", "4"]
+PIPE = ["plan", "pipeline", "deepseek_v3", "--mesh.pipe", "2", "--mesh.waiting=-1", "--micro-batches", "4"]
 
 
 def test_tables_and_a_picture(capsys, tmp_path):
@@ -31,6 +31,11 @@ def test_the_object(capsys):
     assert found["dualpipe"]["bubble"] == 0
     assert found["dualpipe"]["weights"] > found["1f1b"]["weights"]
     assert found["zb1p"]["passes_held"] == [2, 2]
+
+
+def test_a_bound_of_waiting_weight_gradients_is_told(capsys):
+    assert main([*PIPE, "--mesh.waiting", "1", "--time.forward", "1", "--out="]) == 0
+    assert "at most 1 passes of a rank wait at one time (mesh.waiting)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

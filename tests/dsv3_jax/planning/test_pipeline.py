@@ -8,7 +8,7 @@ from dsv3_jax.planning.flops import block_flops, end_flops
 from dsv3_jax.planning.pipeline import PassTimes, PipelinePlan, plan_pipeline, stage_flops
 from dsv3_jax.planning.stages import layers_of_stages, stages_of
 
-V3 = load_config("deepseek_v3", {"mesh": {"cluster": "h800_2048"}}, trainable=False)
+V3 = load_config("deepseek_v3", {"mesh": {"cluster": "h800_2048", "waiting": -1}}, trainable=False)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,18 @@ def test_memory_of_the_schedules(published):
     assert found["1f1b"].step["weight gradients put off"] == 0 < found["zb1p"].step["weight gradients put off"]
     assert found["dualpipe"].step["gathered weights"] > found["1f1b"].step["gathered weights"]
     assert found["1f1b"].total < found["dualpipe"].total
+
+
+def test_fewer_waiting_weight_gradients_take_less_memory_and_more_time(published):
+    def dualpipe(plan):
+        (found,) = (one for one in plan.schedules if one.name == "dualpipe")
+        return found.memory.step["weight gradients put off"], found.timeline.makespan
+
+    free = dualpipe(published)
+    for waiting in (1, 0):
+        size, time = dualpipe(plan_pipeline(replace(V3, train={"batch_size": 128 * 32}, mesh={"waiting": waiting})))
+        assert size == free[0] * waiting / 8
+        assert time > free[1]
 
 
 def test_rings_of_the_plan_do_not_depend_on_more_micro_batches():
