@@ -26,7 +26,17 @@ XLA = (
     ),
 )
 """Flags of XLA_FLAGS. Tried without gain on two H200, and left alone: command buffers off, symmetric buffers (the
-exchange alone became slower), ``parallel_collective_overlap_limit = 4``."""
+exchange alone became slower), without a pipeline ``parallel_collective_overlap_limit = 4``."""
+
+BESIDE = (
+    Setting(
+        "xla_gpu_experimental_parallel_collective_overlap_limit",
+        "8",
+        "With one exchange at a time (XLA's choice) a loop that has exchanges of tokens in it is not put between start "
+        "and end of a message between stages: with 8 all messages of a tick lie around all of its loops.",
+    ),
+)
+"""Further flags where messages between stages travel beside a tick's computation (``mesh.lag = 2``)."""
 
 ENVIRONMENT = (
     Setting(
@@ -38,18 +48,19 @@ ENVIRONMENT = (
 """Variables that libraries under XLA read."""
 
 
-def apply_gpu_flags(environment: MutableMapping[str, str], devices: int) -> list[str]:
+def apply_gpu_flags(environment: MutableMapping[str, str], devices: int, *, beside: bool = False) -> list[str]:
     """Put the settings into an environment, before JAX is used; names of those that were set.
 
     Args:
         environment: ``os.environ``.
         devices: of the run's mesh; a single one has no collectives, and nothing is set. Nor is it without GPUs.
+        beside: messages between stages are to travel beside computation: :data:`BESIDE` too.
     """
     if devices < 2 or not count_gpus(environment):
         return []
     given = environment.get("XLA_FLAGS", "")
     named = {word.lstrip("-").partition("=")[0] for word in given.split()}
-    flags = [one for one in XLA if one.name not in named]
+    flags = [one for one in (*XLA, *(BESIDE if beside else ())) if one.name not in named]
     variables = [one for one in ENVIRONMENT if one.name not in environment]
     if flags:
         environment["XLA_FLAGS"] = " ".join(filter(None, [given, *(f"--{one.name}={one.value}" for one in flags)]))

@@ -69,7 +69,8 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError(f"--steps = {options.steps} and --warmup = {options.warmup} must be at least 1")
     if options.profiled < 0:
         raise ConfigError(f"--profiled = {options.profiled} must not be negative")
-    apply_gpu_flags(os.environ, config.mesh.pipe * config.mesh.expert * config.mesh.data)
+    mesh = config.mesh
+    apply_gpu_flags(os.environ, mesh.pipe * mesh.expert * mesh.data, beside=mesh.pipe > 1 and mesh.lag == 2)
     import jax
 
     from dsv3_jax.train.bench import bench_step

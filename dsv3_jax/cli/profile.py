@@ -35,7 +35,8 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError("--out is missing: name the trace's folder, as in `dsv3 profile tiny --out traces/tiny`")
     if options.steps < 1:
         raise ConfigError(f"--steps = {options.steps} must be at least 1")
-    apply_gpu_flags(os.environ, config.mesh.pipe * config.mesh.expert * config.mesh.data)
+    mesh = config.mesh
+    apply_gpu_flags(os.environ, mesh.pipe * mesh.expert * mesh.data, beside=mesh.pipe > 1 and mesh.lag == 2)
     import jax
 
     from dsv3_jax.train.profile import how_to_open, profile_run

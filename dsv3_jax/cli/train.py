@@ -33,7 +33,8 @@ def run(argv: Sequence[str]) -> int:
     config, options = parse_config("dsv3 train", argv, description, Options)
     if not options.out:
         raise ConfigError("--out is missing: name the run's folder, as in `dsv3 train tiny --out runs/tiny`")
-    apply_gpu_flags(os.environ, config.mesh.pipe * config.mesh.expert * config.mesh.data)
+    mesh = config.mesh
+    apply_gpu_flags(os.environ, mesh.pipe * mesh.expert * mesh.data, beside=mesh.pipe > 1 and mesh.lag == 2)
     # JAX and all above it take seconds to import: mistakes on the command line are told before.
     from dsv3_jax.checkpoint import CheckpointError
     from dsv3_jax.train.trainer import FAILED, INTERRUPTED, RunError, train

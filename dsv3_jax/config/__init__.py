@@ -25,6 +25,7 @@ from dsv3_jax.config.schema import (
     TrainConfig,
     replace,
 )
+from dsv3_jax.config.supported import supported
 from dsv3_jax.config.validate import validate, validate_model
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "preset_folder",
     "preset_names",
     "replace",
+    "supported",
     "to_toml",
     "validate",
     "validate_model",

@@ -279,6 +279,10 @@ class MeshConfig:
     (``zb1p``, ``dualpipe``, ``dualpipev``); -1 is as many as the schedule puts off, half as many as there are stages
     under the two-way ones. Each waiting pass keeps its layers' activations and their gradients; ``dsv3 plan pipeline``
     shows what a bound saves and costs."""
+    lag: int = 1
+    """Ticks of a pipeline's schedule from what a stage computes to its use on a neighbour. 1: messages travel between
+    two ticks, in which neighbours wait for each other. 2: they travel beside the next tick, and a schedule takes more
+    ticks in which ranks wait less: see ``sharding.pipeline.simulate.lockstep``."""
     cluster: str = ""
     """Preset of configs/cluster whose layout gives the axes that are not given otherwise."""
     transport: Literal["padded", "counted", "ring", "two_hop"] = "counted"

@@ -1,6 +1,7 @@
 """What cannot be, found before anything is compiled: each mistake one line naming field, value and remedy."""
 
-from dsv3_jax.config.schema import Config, ConfigError, MeshConfig, ModelConfig, Schedule, TrainConfig
+from dsv3_jax.config.schema import Config, ConfigError, ModelConfig, Schedule
+from dsv3_jax.config.supported import supported
 
 
 def validate(config: Config, *, trainable: bool = True) -> None:
@@ -20,9 +21,10 @@ def validate(config: Config, *, trainable: bool = True) -> None:
     _validate_optim(config)
     _validate_data(config)
     _validate_loss(config)
-    _validate_mesh(config.mesh, config.train, config.model)
-    if config.mesh.pipe > 1 and trainable:
-        _validate_pipeline(config.mesh, config.train, config.model)
+    _positive("mesh", config.mesh, "pipe", "expert", "data")
+    _not_negative("mesh", config.mesh, "capacity", "node_size")
+    reason = supported(config, trainable=trainable)
+    _require(reason is None, reason or "")
 
 
 def _require(good: bool, message: str) -> None:
@@ -213,73 +215,4 @@ def _validate_loss(config: Config) -> None:
         loss.devices_per_token <= loss.balance_devices,
         f"loss.devices_per_token = {loss.devices_per_token} must be at most "
         f"loss.balance_devices = {loss.balance_devices}",
-    )
-
-
-def _validate_mesh(mesh: MeshConfig, train: TrainConfig, model: ModelConfig) -> None:
-    _positive("mesh", mesh, "pipe", "expert", "data")
-    experts = model.n_routed_experts
-    if mesh.expert > 1:
-        _require(experts > 0, f"mesh.expert = {mesh.expert} needs routed experts: model.n_routed_experts = 0")
-        _require(
-            experts % mesh.expert == 0,
-            f"mesh.expert = {mesh.expert} must divide model.n_routed_experts = {experts}",
-        )
-    _not_negative("mesh", mesh, "capacity", "node_size")
-    _require(
-        mesh.capacity > 0 or mesh.transport != "counted",
-        "mesh.capacity = 0 has no room for transport 'counted': give 2, or choose 'padded'",
-    )
-    if mesh.transport == "two_hop" and mesh.expert > 1:
-        node = mesh.node_size or (8 if mesh.expert >= 16 else mesh.expert // 2)
-        _require(
-            mesh.expert >= 4 and 2 <= node <= mesh.expert // 2 and mesh.expert % node == 0,
-            f"mesh.transport = 'two_hop' needs two or more nodes of two or more devices: mesh.expert = {mesh.expert} "
-            f"in nodes of {node}; choose mesh.node_size, or 'counted'",
-        )
-    lanes = mesh.expert * mesh.data
-    _require(
-        train.batch_size % lanes == 0,
-        f"train.batch_size = {train.batch_size} must be a multiple of mesh.expert x mesh.data = {lanes}",
-    )
-    per_device = train.batch_size // lanes
-    micro = train.micro_batch_size or per_device
-    _require(
-        per_device % micro == 0,
-        f"train.micro_batch_size = {micro} must divide the {per_device} sequences of one device "
-        f"(train.batch_size = {train.batch_size} over mesh.expert x mesh.data = {lanes})",
-    )
-
-
-def _validate_pipeline(mesh: MeshConfig, train: TrainConfig, model: ModelConfig) -> None:
-    ranks, schedule = mesh.pipe, mesh.schedule
-    _require(
-        model.n_moe_layers > 0,
-        f"mesh.pipe = {ranks} must be 1: stages share out mixture-of-experts layers, and this model has none",
-    )
-    _require(
-        not train.unroll,
-        f"train.unroll = true needs mesh.pipe = 1, not {ranks}: stages run their layers in a loop; set it false",
-    )
-    _require(
-        mesh.waiting >= -1,
-        f"mesh.waiting = {mesh.waiting} must be -1 (as many weight gradients as the schedule puts off), 0 or more",
-    )
-    if schedule not in ("dualpipe", "dualpipev"):
-        return
-    micro_batches = (
-        train.batch_size // (mesh.expert * mesh.data * train.micro_batch_size) if train.micro_batch_size else 1
-    )
-    counted = f"{micro_batches} (train.batch_size over mesh.expert x mesh.data x train.micro_batch_size)"
-    _require(
-        schedule != "dualpipe" or ranks % 2 == 0,
-        f"mesh.schedule = 'dualpipe' needs an even mesh.pipe, not {ranks}: micro-batches enter at both ends",
-    )
-    _require(
-        micro_batches >= 2 * ranks,
-        f"mesh.schedule = {schedule!r} on {ranks} ranks needs {2 * ranks} micro-batches at least, not {counted}",
-    )
-    _require(
-        schedule != "dualpipe" or micro_batches % 2 == 0,
-        f"mesh.schedule = 'dualpipe' needs an even number of micro-batches, not {counted}",
     )

@@ -101,7 +101,7 @@ def plan_memory(config: Config, *, schedule: Schedule | None = None, gpu: bool =
         block=block_rows(tokens * model.num_experts_per_tok, local, gpu=gpu),
         sequence_balance=config.loss.sequence_balance > 0,
         fused_attention=gpu and train.precision != "fp32",
-        unroll=train.unroll,
+        unroll=train.unroll and mesh.pipe == 1,
         fp8=train.precision == "fp8",
     )
     try:

@@ -114,8 +114,9 @@ class Layout:
         alike = [*share, None][0] == [*whole, None][0]
         if share == whole or not (self._by_layer and stacked_layers(path, x.ndim) and alike):
             return move(x, share, whole, *more)
-        inside = PartitionSpec(*share[1:]), PartitionSpec(*whole[1:])
-        return jax.tree.map(lambda *layers: jnp.stack(layers), *[move(layer, *inside, *more) for layer in x])
+        # With the leading dim: in a pipeline its axis says that every rank has layers of its own.
+        layers = [move(x[i : i + 1], share, whole, *more) for i in range(x.shape[0])]
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
 
     def global_norm(self, shares: Tree) -> jax.Array:
         """Inside ``shard_map``: the L2 norm of arrays laid out as shares; unrolled layers are read one by one."""

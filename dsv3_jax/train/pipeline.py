@@ -55,7 +55,7 @@ def step_table(config: Config, micro_batches: int) -> Table:
     """
     try:
         mesh = config.mesh
-        return table(make_schedule(mesh.schedule, mesh.pipe, micro_batches, mesh.waiting))
+        return table(make_schedule(mesh.schedule, mesh.pipe, micro_batches, mesh.waiting), mesh.lag)
     except ValueError as error:
         raise ConfigError(f"mesh.schedule: {error}") from error
 

@@ -1,12 +1,13 @@
 """Runs a schedule inside ``shard_map``: a loop over the ticks of its table, each rank doing what its row says.
 
 The executor knows messages and rings; what a forward or a backward pass is, it is told. A tick's computation holds no
-exchange between stages: that comes after it, for all ranks alike.
+exchange between stages: that comes after it, for all ranks alike, or, with lag 2, runs beside the next tick's.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
@@ -34,6 +35,8 @@ class Plan(NamedTuple):
     """Of every ring."""
     ticks: int
     """Rows that the program is given."""
+    lag: int
+    """See :func:`~sharding.pipeline.table.table`."""
 
 
 def plan_of(*tables: Table) -> Plan:
@@ -42,7 +45,8 @@ def plan_of(*tables: Table) -> Plan:
     channels = np.any([one.channels.any(axis=0) for one in tables], axis=0)
     slots = Slots(*(max(counts) for counts in zip(*(one.slots for one in tables), strict=True)))
     ticks = max(one.ticks for one in tables)
-    return Plan(tables[0].schedule.ranks, kinds, tuple(map(bool, channels)), slots, ticks)
+    (lag,) = {one.lag for one in tables}
+    return Plan(tables[0].schedule.ranks, kinds, tuple(map(bool, channels)), slots, ticks, lag)
 
 
 def execute(
@@ -61,30 +65,37 @@ def execute(
     rank = lax.axis_index("pipe")
 
     def turn(now: Int[Array, ""], carry: Any) -> Any:
-        memory, rings = carry
+        memory, rings, sent = carry
         row = take(rows, now, rank)
+        coming = _exchanged(plan, *sent) if plan.lag == 2 else {}
         memory, y, dx = tick(memory, take(rings[0], row[Col.F_IN]), take(rings[1], row[Col.B_IN]), row)
-        return memory, _deliver(plan, rings, y, dx, row)
+        coming = coming or _exchanged(plan, y, dx)
+        rings = _delivered(plan, rings, coming | {Col.ACT_SELF: y, Col.GRAD_SELF: dx}, row)
+        return memory, rings, (y, dx) if plan.lag == 2 else ()
 
     rings = tuple(ring((count + 1,), message) for count in (plan.slots.activation, plan.slots.gradient))
-    return lax.fori_loop(0, ticks, turn, (memory, rings))[0]
+    nothing = jnp.zeros(message.shape, message.dtype)
+    sent = (nothing, nothing) if plan.lag == 2 else ()
+    return lax.fori_loop(0, ticks, turn, (memory, rings, sent))[0]
 
 
-def _deliver(plan: Plan, rings: tuple[Array, Array], y: Array, dx: Array, row: Array) -> tuple[Array, Array]:
-    """The tick's exchange between neighbours, and the rings with what came."""
+def _exchanged(plan: Plan, y: Array, dx: Array) -> dict[Col, Array]:
+    """What comes from the neighbours."""
+    found = {}
+    for used, column in zip(plan.channels, ARRIVALS, strict=True):
+        if used and not column.name.endswith("SELF"):
+            step = 1 if column.name.endswith("PREV") else -1
+            pairs = [(rank, rank + step) for rank in range(plan.ranks) if 0 <= rank + step < plan.ranks]
+            found[column] = lax.ppermute(y if column.name.startswith("ACT") else dx, "pipe", pairs)
+    return found
+
+
+def _delivered(plan: Plan, rings: tuple[Array, Array], coming: dict[Col, Array], row: Array) -> tuple[Array, Array]:
+    """The rings with what came."""
     activations, gradients = rings
     for used, column in zip(plan.channels, ARRIVALS, strict=True):
         if used and column.name.startswith("ACT"):
-            activations = put(activations, _moved(y, column, plan.ranks), row[column])
+            activations = put(activations, coming[column], row[column])
         elif used:
-            gradients = put(gradients, _moved(dx, column, plan.ranks), row[column])
+            gradients = put(gradients, coming[column], row[column])
     return activations, gradients
-
-
-def _moved(payload: Array, column: Col, ranks: int) -> Array:
-    """What comes from the previous or the next rank, or stays."""
-    if column.name.endswith("SELF"):
-        return payload
-    step = 1 if column.name.endswith("PREV") else -1
-    pairs = [(rank, rank + step) for rank in range(ranks) if 0 <= rank + step < ranks]
-    return lax.ppermute(payload, "pipe", pairs)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sharding.flags import ENVIRONMENT, XLA, apply_gpu_flags
+from sharding.flags import BESIDE, ENVIRONMENT, XLA, apply_gpu_flags
 
 GPUS = {"CUDA_VISIBLE_DEVICES": "0,1", "JAX_PLATFORMS": "cuda"}
 
@@ -31,13 +31,13 @@ def test_the_users_own_settings_win():
 
 
 def test_every_setting_has_a_reason():
-    assert all(len(one.reason) > 20 for one in (*XLA, *ENVIRONMENT))
+    assert all(len(one.reason) > 20 for one in (*XLA, *BESIDE, *ENVIRONMENT))
 
 
 def test_xla_knows_every_flag():
     """It ends a process at the first one that it does not know."""
     environment = os.environ | GPUS | {"XLA_FLAGS": ""}
-    assert len(apply_gpu_flags(environment, 2)) >= len(XLA)
+    assert len(apply_gpu_flags(environment, 2, beside=True)) >= len(XLA) + len(BESIDE)
     code = "import jax; print(len(jax.devices()))"
     ended = subprocess.run(
         [sys.executable, "-c", code], env=environment | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True

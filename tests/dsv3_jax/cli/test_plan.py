@@ -40,7 +40,7 @@ def test_the_table_ends_with_whether_it_fits(capsys):
         (["plan", "lunch", "tiny"], "dsv3 plan 'lunch' is not known; there is memory, pipeline, compile"),
         (["plan", "memory", "tiny", "--mesh.pipe", "9"], "mesh.pipe = 9 must be at most the 3"),
         (["plan", "memory", "tiny", "--device-share", "1.5"], "--device-share = 1.5 must be above 0 and at most 1"),
-        (["train", "tiny", "--mesh.pipe", "2", "--train.unroll", "True", "--out", "x"], "needs mesh.pipe = 1"),
+        (["train", "tiny", "--mesh.pipe", "2", "--mesh.lag", "3", "--out", "x"], "mesh.lag = 3 must be 1"),
     ],
 )
 def test_mistakes_are_one_line(capsys, words, line):

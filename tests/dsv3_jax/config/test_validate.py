@@ -107,8 +107,8 @@ def test_an_architecture_that_cannot_be_is_refused(changes, expected):
             "mesh.pipe = 2 must be 1: stages share out mixture-of-experts layers, and this model has none",
         ),
         (
-            {"mesh": {"pipe": 2}, "train": {"unroll": True}},
-            "train.unroll = true needs mesh.pipe = 1, not 2: stages run their layers in a loop; set it false",
+            {"mesh": {"pipe": 2, "lag": 3}},
+            "mesh.lag = 3 must be 1 (messages travel between ticks) or 2 (beside the next tick)",
         ),
         (
             {"mesh": {"pipe": 2, "waiting": -2}},

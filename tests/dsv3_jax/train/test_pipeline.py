@@ -31,6 +31,10 @@ DEFAULT = {(2, 2, 2, ONE_WAY), (4, 2, 1, ("dualpipe",)), (2, 4, 1, ("dualpipev",
 """One program compiles for half a minute: the others are for `-m slow`."""
 BOUNDED = {(4, 2, 1, ("dualpipe",)), (4, 1, 2, ONE_WAY), (4, 1, 2, ("dualpipev",))}
 """Run with one weight gradient that waits at most, where their schedules would have two or more."""
+UNROLLED = {(2, 4, 1, ("dualpipev",)), (2, 4, 1, ONE_WAY), (4, 1, 2, ("dualpipe",))}
+"""Run with every layer apart in the program: three on each of two stages, or two and on the last of four none."""
+BESIDE = {(2, 4, 1, ("dualpipev",)), (4, 2, 1, ONE_WAY), (8, 1, 1, ("dualpipe",))}
+"""Messages travel beside the next tick."""
 PROGRAMS = [
     pytest.param(*mesh, names, marks=() if (*mesh, names) in DEFAULT else pytest.mark.slow)
     for mesh in MESHES
@@ -69,7 +73,7 @@ def pipelined_step(config, names):
     step = make_train_step(config)
     micro_batches = step.most_micro_batches
     mesh = config.mesh
-    tables = [table(make_schedule(name, mesh.pipe, micro_batches, mesh.waiting)) for name in names]
+    tables = [table(make_schedule(name, mesh.pipe, micro_batches, mesh.waiting), mesh.lag) for name in names]
     partition = config_layout(config, config_mesh(config)).partition
     step._pipeline = Pipeline(config, placed_model(config), partition, *tables)
     return step, dict(zip(names, tables, strict=True))
@@ -98,8 +102,10 @@ def test_no_choice_of_an_expert_is_a_matter_of_rounding():
 
 @pytest.mark.parametrize(("pipe", "expert", "data", "names"), PROGRAMS)
 def test_a_pipeline_equals_one_device(pipe, expert, data, names):
+    case = pipe, expert, data, names
     mesh = {"pipe": pipe, "expert": expert, "data": data, "schedule": names[-1], "transport": "padded"}
-    config = replace(CONFIG, mesh=mesh | {"waiting": 1 if (pipe, expert, data, names) in BOUNDED else -1})
+    mesh |= {"waiting": 1 if case in BOUNDED else -1, "lag": 2 if case in BESIDE else 1}
+    config = replace(CONFIG, mesh=mesh, train={"unroll": case in UNROLLED})
     step, tables = pipelined_step(config, names)
     with pytest.MonkeyPatch.context() as patch:
         for one in tables.values():
