@@ -185,8 +185,9 @@ def stage_costs(config: Config, passes: Mapping[str, float], stages: int) -> Cos
     ahead = counts * (linear + attention) + at_first * sum(first)
     back = 2 * ahead + at_last * 3 * sum(last)
     later = counts * linear + at_first * first[0]
-    # Where every backward pass is in two parts, the two are its cost.
-    whole = passes["bx"] + passes["w"] if config.mesh.schedule == "zb1p" else passes["b"]
+    # Where every backward pass is in two parts, the two are its cost; nor can a part cost more than the whole.
+    in_two = config.mesh.schedule == "zb1p" or passes["w"] >= passes["b"]
+    whole = passes["bx"] + passes["w"] if in_two else passes["b"]
 
     def dealt(time: float, shares: np.ndarray) -> tuple[float, ...]:
         return tuple(float(cost) for cost in time * shares / shares.sum())

@@ -106,6 +106,10 @@ def test_one_devices_passes_are_dealt_out_to_stages():
     split = stage_costs(MADE["zb1p"].config, PASSES, 4)
     assert isinstance(split.b, tuple)
     assert sum(split.b) == pytest.approx(90 + 45), "the two parts of a pass that is always in two"
+    odd = stage_costs(MADE["dualpipe"].config, PASSES | {"w": 140.0}, 4)
+    assert isinstance(odd.b, tuple)
+    assert isinstance(odd.w, tuple)
+    assert all(b > w for b, w in zip(odd.b, odd.w, strict=True)), "no pass takes less than no time"
 
 
 def test_a_bubble_stands_beside_the_simulators():
