@@ -64,7 +64,7 @@ def kept_by_block(model: ModelConfig, work: Work, remat: str, *, moe: bool) -> T
 def put_off_by_block(model: ModelConfig, work: Work) -> Tensors:
     """Bytes that one mixture-of-experts block keeps of a backward pass whose weight gradients are put off: inputs of
     its matrix products, once each, and gradients of their outputs. In FP8 steps that is 8 bits a value of all but
-    attention's output and the router's input."""
+    the router's input."""
     tokens, d, width = work.tokens, model.hidden_size, model.moe_intermediate_size
     heads, query, value = model.num_attention_heads, model.qk_head_dim, model.value_head_dim
     if model.attention == "mla":
@@ -75,16 +75,13 @@ def put_off_by_block(model: ModelConfig, work: Work) -> Tensors:
         read, made = [d], [heads * query, *[model.num_key_value_heads * head for head in (query, value)]]
     held, rows = rows_of_experts(model, work)
     shared = model.n_shared_experts * width
-    hidden = [shared, 2 * shared] if work.fp8 else [2 * shared, 2 * shared]
     return {
-        "attention's inputs": sum(_input(tokens, size, work) for size in read) + tokens * heads * value * work.element,
+        "attention's inputs": sum(_input(tokens, size, work) for size in read) + _gradient(tokens, heads * value, work),
         "gradients of attention's outputs": sum(_gradient(tokens, size, work) for size in [*made, d]),
         "experts' rows": _input(held, d, work) + _gradient(rows, d, work),
         "experts' hidden rows": _gradient(rows, width, work) + _gradient(rows, 2 * width, work),
         "router's input and gradients": tokens * (d * work.element + 4 * model.n_routed_experts),
-        "shared experts": _gradient(tokens, d, work) + sum(_gradient(tokens, size, work) for size in hidden)
-        if shared
-        else 0,
+        "shared experts": sum(_gradient(tokens, size, work) for size in (d, shared, 2 * shared)) if shared else 0,
         "tokens in 8 bits": _input(tokens, d, work) if work.fp8 and shared else 0,
     }
 

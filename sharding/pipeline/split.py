@@ -23,6 +23,9 @@ _ADDS = ("add", "add_any")
 
 _PRODUCTS = ("dot_general", "ragged_dot_general", "pallas_call", "while", "scan")
 
+_STAY = ("dot_general", "ragged_dot_general", "while", "scan")
+"""What does not run earlier for the sake of memory; of Pallas's kernels, products read two activations."""
+
 _FREE = ("reshape", "transpose", "squeeze", "broadcast_in_dim")
 """What is done again rather than kept beside its input."""
 
@@ -115,7 +118,9 @@ class _Cut:
         vectors = [var for var in _variables(jaxpr.outvars[n_x:]) if len(_shapes([var])[0].shape) < 2]
         needed = {id(eqn) for eqn in _needed(jaxpr.eqns, [*self._dx, *vectors])}
         rounded = _rounded([eqn for eqn in jaxpr.eqns if id(eqn) not in needed])
-        early = {id(eqn) for eqn in _needed(jaxpr.eqns, [*self._dx, *vectors, *rounded])}
+        needed = {id(eqn) for eqn in _needed(jaxpr.eqns, [*self._dx, *vectors, *rounded])}
+        smaller = _smaller([eqn for eqn in jaxpr.eqns if id(eqn) not in needed], moving, jaxpr.outvars)
+        early = {id(eqn) for eqn in _needed(jaxpr.eqns, [*self._dx, *vectors, *rounded, *smaller])}
         self._is_early = lambda var: var not in self._maker or id(self._maker[var]) in early
         terms = [self._terms(out) for out in jaxpr.outvars[n_x:]]
         self._now = [[var for var in of if self._is_early(var)] for of in terms]
@@ -163,6 +168,31 @@ def _rounded(eqns: Sequence[JaxprEqn]) -> list[Var]:
     behind = _reached(eqns, products)
     casts = [eqn for eqn in eqns if eqn.primitive.name == "convert_element_type" and eqn.outvars[0] not in behind]
     return [eqn.outvars[0] for eqn in casts if _bytes(eqn.outvars) < _bytes(_variables(eqn.invars))]
+
+
+def _smaller(eqns: Sequence[JaxprEqn], moving: set[Var], outputs: Sequence[Any]) -> list[Var]:
+    """What comes from one activation alone and takes less room, such as its 8 bits: better kept in its place."""
+    made, users = {var for eqn in eqns for var in eqn.outvars}, collections.defaultdict(list)
+    for eqn in eqns:
+        for var in set(_variables(eqn.invars)):
+            users[var].append(id(eqn))
+    wanted = {var for var in _variables(outputs) if var in made}
+    found = []
+    for source in [var for var in users if var in moving and var not in made]:
+        chain, reached, done = [], {source}, set()
+        best, least = [], _bytes([source])
+        for eqn in eqns:
+            inputs = {var for var in _variables(eqn.invars) if var in moving}
+            if not inputs or not inputs <= reached or eqn.primitive.name in _STAY:
+                continue
+            chain.append(eqn)
+            reached |= set(eqn.outvars)
+            done.add(id(eqn))
+            if done.issuperset(users[source]):
+                kept = [v for one in chain for v in one.outvars if v in wanted or not done.issuperset(users[v])]
+                best, least = (kept, _bytes(kept)) if _bytes(kept) < least else (best, least)
+        found += best
+    return found
 
 
 def _bytes(variables: Sequence[Var]) -> int:

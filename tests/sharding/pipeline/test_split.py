@@ -77,6 +77,39 @@ def test_a_weight_gradient_put_off_is_the_same(function, expected):
     close((tuple(found), dx), expected[2])
 
 
+@jax.custom_vjp
+def coded_product(weight, x):
+    return x @ weight
+
+
+def _coded_backward(saved, dy):
+    """The weight's gradient reads the input in 8 bits."""
+    weight, x = saved
+    scale = jnp.max(jnp.abs(x), axis=0) / 100
+    codes = jnp.round(x / scale).astype(jnp.int8)
+    return jnp.transpose(codes.astype(jnp.float32) * scale) @ dy, dy @ weight.T
+
+
+coded_product.defvjp(lambda weight, x: (x @ weight, (weight, x)), _coded_backward)
+
+
+def test_what_waits_is_kept_in_the_smallest_form_that_it_takes_on_its_way():
+    def layer(weight, given, x):
+        y = coded_product(weight, x + given)
+        return (y, jnp.sum(y)), ()
+
+    weight, given, x = draw(4, 5), draw(4, seed=5), draw(6, 4, seed=4)
+    parts = in_parts(layer, weight, given, x)
+    shapes = sorted((shape.shape, shape.dtype.name) for shape in parts.deferred)
+    assert shapes == [((4,), "float32"), ((6, 4), "int8"), ((6, 5), "float32")]
+    d_out = draw(6, 5, seed=7), jnp.float32(0.3)
+    *_, kept = parts.forward(weight, given, x)
+    dx, now, deferred = parts.backward_input(weight, given, kept, d_out)
+    assert now is None
+    _, back, _ = jax.vjp(lambda weight, x: layer(weight, given, x), weight, x, has_aux=True)
+    close((parts.weight_gradient(weight, given, deferred), dx), back(d_out))
+
+
 def test_what_goes_from_part_to_part_are_activations(function):
     parts = in_parts(function, WEIGHTS, GIVEN, X)
     shapes = [shape.shape for shape in [*parts.kept, *parts.deferred]]
