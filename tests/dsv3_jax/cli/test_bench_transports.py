@@ -6,17 +6,41 @@ import pytest
 
 from dsv3_jax.cli.main import main
 
-SMALL = ["--tokens", "24", "--hidden", "256", "--experts", "8", "--choices", "2", "--each", "0.001"]
+ROW = {"ranks": 2, "round_trip_us": 2345.6, "exchange_there_us": 700.4, "exchange_back_us": 1300.0} | {
+    f"{name}_{key}": value
+    for name in ("dispatch", "combine")
+    for key, value in {"us": 900.1, "gbs": 120.25, "of_deepep": 0.79, "wire_gbs": 200.5, "of_nvlink": 0.45}.items()
+}
 
 
-def test_a_table_and_a_file_of_what_was_measured(tmp_path, capsys):
+def test_a_table_and_a_file_of_what_was_measured(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def measured(transport, shapes, mesh, **how):
+        asked.append((transport, shapes.tokens, mesh.shape["expert"], how["capacity"], how["seconds"]))
+        return {"transport": transport, **ROW}
+
+    monkeypatch.setattr("sharding.expert_parallel.bench.measure", measured)
     out = tmp_path / "transports.json"
-    command = ["bench", "transports", "--gpus", "2", "--only", "counted, two_hop", "--json", str(out), *SMALL]
+    command = [
+        "bench",
+        "transports",
+        "--gpus",
+        "2",
+        "--only",
+        "counted, two_hop",
+        "--capacity",
+        "1.5",
+        "--json",
+        str(out),
+    ]
     assert main(command) == 0
-    (row,) = json.loads(out.read_text())
-    assert (row["transport"], row["ranks"], row["fp8"]) == ("counted", 2, True)
+    assert asked == [("counted", 4096, 2, 1.5, 0.3)]
+    assert json.loads(out.read_text()) == [{"transport": "counted", **ROW}]
     printed = capsys.readouterr().out
-    for word in ("2 x cpu: 24 tokens x 256, 2 of 8 experts, FP8 there", "counted", "two_hop needs 4 devices or more"):
+    for word in ("2 x cpu: 4096 tokens x 7168, 8 of 256 experts, FP8", "two_hop needs 4 devices or more", "2,345.6"):
+        assert word in printed
+    for word in ("900.1", "120.2", "0.79", "200.5", "45%", "700 + 1,300"):
         assert word in printed
 
 
