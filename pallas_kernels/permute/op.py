@@ -7,7 +7,7 @@ the permutation, every gradient here is a gather again.
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.permute.plan import Plan
 from pallas_kernels.quantize.reference import Tiles
@@ -88,7 +88,7 @@ _unpermute.defvjp(_unpermute_fwd, _unpermute_bwd)
 
 
 @jax.named_scope("permute")
-def permute(x_TD: Float[Array, "T D"], plan: Plan) -> Float[Array, "M D"]:
+def permute(x_TD: Shaped[Array, "T D"], plan: Plan) -> Shaped[Array, "M D"]:
     """Copies each token's row to the places of its K choices; padding rows are exactly zero.
 
     The gradient of ``x_TD`` is the float32 sum over K of the rows' gradients, rounded once to their dtype.

@@ -53,8 +53,8 @@ def send(hop: Hop, x_TD: Array, slots: Plan) -> Array:
     """Rows of tokens to the slots of other ranks; forward alone."""
     if not hop.fp8:
         return checkpoint_name(exchange(hop, permute(x_TD, slots)), DISPATCHED)
-    bytes_SY = pack(x_TD).at[slots.token_of_row_M].get(mode="fill", fill_value=0)
-    return unpack(checkpoint_name(exchange(hop, bytes_SY), DISPATCHED), x_TD.shape[1], x_TD.dtype)
+    bytes_SY = exchange(hop, permute(pack(x_TD), slots))
+    return unpack(checkpoint_name(bytes_SY, DISPATCHED), x_TD.shape[1], x_TD.dtype)
 
 
 def collect(hop: Hop, y_SD: Array, slots: Plan) -> Array:
