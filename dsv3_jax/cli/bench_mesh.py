@@ -121,6 +121,8 @@ def _check(options: Options) -> None:
             raise ConfigError(f"--{name} = {getattr(options, name):g} must be above 0")
     if options.ahead and "off" in (options.compile_cache, os.environ.get("DSV3_COMPILE_CACHE")):
         raise ConfigError("--ahead needs a folder for compiled programs: the cache is off (--compile-cache)")
+    if options.json and not Path(options.json).resolve().parent.is_dir():
+        raise ConfigError(f"--json = {options.json!r} is in a folder that does not exist")
     if options.resume and not options.json:
         raise ConfigError("--resume needs --json: the file of the run to go on with")
 

@@ -175,6 +175,7 @@ def test_programs_compiled_ahead_choose_their_kernels_on_different_gpus(children
         (["--steps", "0"], "--steps = 0 must be at least 1"),
         (["--seconds", "0"], "--seconds = 0 must be above 0"),
         (["--resume"], "--resume needs --json"),
+        (["--json", "nowhere/mesh.json"], "--json = 'nowhere/mesh.json' is in a folder that does not exist"),
         (["--mesh.data", "2", "--train.batch-size", "8"], "leave them out"),
     ],
 )
