@@ -164,7 +164,7 @@ def _part(shape: tuple[int, ...], spec: PartitionSpec, sizes: dict[str, int]) ->
 
 def _plan(config: Config, sizes: dict[str, int], work: Work, micro_batches: int, schedule: Schedule) -> MemoryPlan:
     model, train = config.model, config.train
-    stages = stages_of(model, sizes["pipe"], schedule, micro_batches, config.mesh.waiting)
+    stages = stages_of(model, sizes["pipe"], schedule, micro_batches, config.mesh.waiting, config.mesh.lag)
     weights = _weights(config, sizes, stages)
     moment = 2 if config.optim.moment_dtype == "bfloat16" else 4
     biases = sum(

@@ -45,7 +45,7 @@ class SchedulePlan:
     formula: float
     """Time that a rank waits by the paper's formula, with the mean of the stages' costs."""
     lockstep: float
-    """Makespan where neighbours meet after every action, as one program that scans a table runs it."""
+    """Makespan where neighbours meet in every tick, as one program that scans a table runs it (``mesh.lag``)."""
     memory: MemoryPlan
 
 
@@ -99,7 +99,7 @@ def plan_pipeline(config: Config, times: PassTimes | None = None, micro_batches:
                 name,
                 simulate(schedule, costs),
                 bubble_formula(name, mesh.pipe, _mean(costs)),
-                lockstep(table(schedule), costs),
+                lockstep(table(schedule, mesh.lag), costs),
                 memory,
             )
         )

@@ -32,8 +32,11 @@ class Stages:
     """Activations and gradients of a stage's ends that a rank has room for: on their way, and the trunk's output."""
 
 
-def stages_of(model: ModelConfig, pipe: int, schedule: Schedule, micro_batches: int, waiting: int = -1) -> Stages:
-    """The stages of ``pipe`` ranks; one rank is no pipeline, whatever the schedule. ``waiting`` is ``mesh.waiting``.
+def stages_of(
+    model: ModelConfig, pipe: int, schedule: Schedule, micro_batches: int, waiting: int = -1, lag: int = 1
+) -> Stages:
+    """The stages of ``pipe`` ranks; one rank is no pipeline, whatever the schedule. ``waiting`` and ``lag`` are the
+    mesh's.
 
     Raises:
         ConfigError: the schedule cannot be made for so many ranks and micro-batches; one line.
@@ -48,8 +51,10 @@ def stages_of(model: ModelConfig, pipe: int, schedule: Schedule, micro_batches: 
     stored = 2 * chunk if schedule == "dualpipev" else chunk
     held = 2 * chunk if schedule in ("dualpipe", "dualpipev") else chunk
     # But for GPipe's, rings do not grow with more micro-batches than this (tests).
-    slots = _slots(schedule, pipe, micro_batches if schedule == "gpipe" else min(micro_batches, 4 * pipe), waiting)
-    messages = slots.activation + slots.gradient + slots.last + 3  # rings of messages have a slot that nobody reads
+    few = micro_batches if schedule == "gpipe" else min(micro_batches, 4 * pipe)
+    slots = _slots(schedule, pipe, few, waiting, lag)
+    # Rings of messages have a slot that nobody reads; with lag 2 those of the last tick are on their way.
+    messages = slots.activation + slots.gradient + slots.last + 3 + 2 * (lag - 1)
     return Stages(stored, held, chunk, slots.residual, slots.first, slots.deferred, messages)
 
 
@@ -61,5 +66,5 @@ def layers_of_stages(model: ModelConfig, seq_len: int, stages: int) -> tuple[int
 
 
 @functools.cache
-def _slots(schedule: Schedule, pipe: int, micro_batches: int, waiting: int) -> Slots:
-    return table(make_schedule(schedule, pipe, micro_batches, waiting)).slots
+def _slots(schedule: Schedule, pipe: int, micro_batches: int, waiting: int, lag: int) -> Slots:
+    return table(make_schedule(schedule, pipe, micro_batches, waiting), lag).slots
