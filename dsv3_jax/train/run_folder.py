@@ -25,6 +25,13 @@ _MAY_CHANGE = frozenset(
         "train.bigram_gate",
         "data.workers",
         "data.prefetch",
+        # Where layers, experts and sequences lie, and in which order they are gone through.
+        "train.micro_batch_size",
+        "train.unroll",
+        "mesh.pipe",
+        "mesh.schedule",
+        "mesh.waiting",
+        "mesh.lag",
         "mesh.expert",
         "mesh.data",
         "mesh.capacity",
@@ -76,7 +83,7 @@ def _changes(config: Config, out: Path) -> list[str]:
     if refused:
         raise ConfigError(
             f"--out = {str(out)!r} holds a run with other settings ({'; '.join(refused)}): give the run's own again, "
-            "or another --out (a run may be made longer; logging, evaluation and checkpoint intervals may change)"
+            "or another --out (a run may be made longer; mesh, logging, evaluation and checkpoint intervals may change)"
         )
     return changes
 

@@ -1,6 +1,7 @@
 """A run folder belongs to one run and one process; what a person sees of a run."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -38,12 +39,14 @@ def test_the_resolved_configuration_is_kept_and_given_back(tmp_path):
         ("train", "steps", 200), ("train", "steps", 0), ("train", "log_every", 3), ("train", "eval_every", 3),
         ("train", "checkpoint_every", 3), ("train", "keep_checkpoints", 5), ("data", "workers", 3),
         ("data", "prefetch", 3),
+        ("mesh", "pipe", 2), ("mesh", "schedule", "zb1p"), ("mesh", "lag", 2), ("train", "unroll", True),
     ],
 )  # fmt: skip
-def test_length_intervals_and_loader_threads_may_change(tmp_path, section, name, value):
+def test_length_intervals_loader_threads_and_the_mesh_may_change(tmp_path, section, name, value):
     _reopen(tmp_path, CONFIG)
     changed = replace(CONFIG, **{section: {name: value}})
-    assert _reopen(tmp_path, changed) == [f"{section}.{name}: {getattr(getattr(CONFIG, section), name)} -> {value}"]
+    before, after = (json.dumps(one) for one in (getattr(getattr(CONFIG, section), name), value))
+    assert _reopen(tmp_path, changed) == [f"{section}.{name}: {before} -> {after}"]
     assert load_config(str(tmp_path / "config.toml")) == changed
 
 
