@@ -8,7 +8,7 @@ import functools
 from typing import NamedTuple
 
 import jax
-from jax import Array
+from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
@@ -64,7 +64,9 @@ def _forward(q: Array, k: Array, v: Array, weight: FP8Weight, scale: float) -> t
 
 
 def _backward(scale: float, kept: _Kept, dy: Array) -> tuple[Array, Array, Array, FP8Weight]:
-    q, k, v, out, sums, codes = kept
+    q, k, v, stored, sums, codes = kept
+    # Nothing else would keep XLA from unpacking all layers' outputs at once, as soon as the forward pass is done.
+    out, dy = lax.optimization_barrier((stored, dy))
     dim_d = dy.shape[-1]
     dy_rows, dy_columns = quantize_both(pad_to_tiles(dy.reshape(-1, dim_d), 2))
     o_MX = unpack_e5m6(out, dy.dtype)
