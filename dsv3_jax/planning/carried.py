@@ -4,7 +4,7 @@ Rings have the slots of the schedule's table; all are there from the first tick 
 """
 
 from dsv3_jax.config import Config
-from dsv3_jax.planning.activations import Tensors, Work, kept_by_block, put_off_by_block, rows_of_experts
+from dsv3_jax.planning.activations import Tensors, Work, kept_by_block, put_off_by_block
 from dsv3_jax.planning.at_work import head_at_work, layer_at_work, mtp_kept, size_of
 from dsv3_jax.planning.stages import Stages
 
@@ -34,16 +34,11 @@ def carried_by_ticks(config: Config, work: Work, stages: Stages, numbers: int) -
     }
 
 
-def pass_at_work(config: Config, work: Work, *, paired: bool) -> Tensors:
-    """Bytes of the largest pass: of a layer, with another's forward pass beside it where the schedule pairs them, or of
-    the end, whose head's gradient is summed in parts."""
+def pass_at_work(config: Config, work: Work) -> Tensors:
+    """Bytes of the largest pass: of a layer, or of the end, whose head's gradient is summed in parts. A forward pass
+    beside a layer's backward pass adds nothing: XLA's schedule has one in the room of the other."""
     model, depth = config.model, config.model.num_nextn_predict_layers
     layer = layer_at_work(config, work)
-    if paired:
-        held, rows = rows_of_experts(model, work)
-        wide = 2 * held * model.hidden_size if work.placement.size > 1 else 0
-        made = rows * (2 * model.hidden_size + 3 * model.moe_intermediate_size) + wide
-        layer |= {"a layer's forward pass beside it": made * work.element}
     head = head_at_work(config, work, in_parts=True)
     if not depth:
         return max(head, layer, key=size_of)

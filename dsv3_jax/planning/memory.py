@@ -185,7 +185,7 @@ def _plan(config: Config, sizes: dict[str, int], work: Work, micro_batches: int,
     step = {"gathered weights": _held(weights, sizes), "parameters copied for the EMA": average}
     if sizes["pipe"] > 1:
         ticks = carried_by_ticks(config, work, stages, weights.whole)
-        ticks |= pass_at_work(config, work, paired=schedule in ("dualpipe", "dualpipev"))
+        ticks |= pass_at_work(config, work)
         after = {"gradients": 4 * weights.whole, "mirror's gradients on their way": 8 * weights.mirrored}
         after |= {"gradients in shares": 4 * weights.share}
         step |= {"weights, cast": weights.codes} | max(ticks, after, key=size_of)

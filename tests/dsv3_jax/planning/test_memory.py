@@ -345,7 +345,7 @@ def test_what_does_not_fit_may_name_weight_gradients_that_wait():
     config = load_config("deepseek_v3", {"mesh": {"cluster": "h800_2048", "waiting": -1}})
     words = "mesh.waiting = {} and XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 would take"
     assert words.format(0) in (remedy(config, plan_memory(config), 80 * 10**9, 0.75) or "")
-    assert words.format(1) in (remedy(config, plan_memory(config), 95 * 10**9, 0.75) or "")
+    assert words.format(1) in (remedy(config, plan_memory(config), 92 * 10**9, 0.75) or "")
 
 
 @pytest.mark.parametrize(("sequences", "measured"), [(4, 55.79), (8, 74.69)])
