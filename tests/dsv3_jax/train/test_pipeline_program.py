@@ -60,10 +60,13 @@ def test_rings_hold_no_weights_and_gradients_of_matrices_wait(precision, remat, 
         traced(config)
 
 
-def test_only_the_end_of_a_tick_holds_an_exchange_between_stages_and_none_sums_over_data():
-    program = traced(replace(CONFIG, mesh={"schedule": "dualpipev"})).jaxpr
+@pytest.mark.parametrize("lag", [1, 2])
+def test_only_a_tick_itself_holds_an_exchange_between_stages_and_none_sums_over_data(lag):
+    program = traced(replace(CONFIG, mesh={"schedule": "dualpipev", "lag": lag})).jaxpr
     (tick,) = [body for body in _bodies(program) if "ppermute" in {eqn.primitive.name for eqn in body.eqns}]
     assert _axes_of(tick.eqns) == {"pipe"}
+    sent = {eqn.invars[0] for eqn in tick.eqns if eqn.primitive.name == "ppermute"}
+    assert (sent <= set(tick.invars)) == (lag == 2), "with lag 2 messages wait for nothing that the tick computes"
     inside = list(_bodies(tick))
     assert set().union(*(_axes_of(body.eqns) for body in inside)) == {"expert"}, "passes exchange tokens alone"
 
