@@ -263,7 +263,7 @@ def v3_layer():
         "deepseek_v3",
         {
             "model": {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0},
-            "train": {"batch_size": 2048, "batch_ramp": [], "remat": "none"},
+            "train": {"batch_size": 2048, "batch_ramp": [], "remat": "none", "precision": "bf16"},
             "mesh": {"expert": 64, "data": 32},
         },
     )
