@@ -60,9 +60,21 @@ def apply_gpu_flags(environment: MutableMapping[str, str], devices: int, *, besi
         return []
     given = environment.get("XLA_FLAGS", "")
     named = {word.lstrip("-").partition("=")[0] for word in given.split()}
-    flags = [one for one in (*XLA, *(BESIDE if beside else ())) if one.name not in named]
+    flags = [one for one in _flags(devices, beside) if one.name not in named]
     variables = [one for one in ENVIRONMENT if one.name not in environment]
     if flags:
         environment["XLA_FLAGS"] = " ".join(filter(None, [given, *(f"--{one.name}={one.value}" for one in flags)]))
     environment.update({one.name: one.value for one in variables})
     return [one.name for one in (*flags, *variables)]
+
+
+def compiler_options(devices: int, *, beside: bool = False) -> dict[str, bool | int]:
+    """The XLA flags of :func:`apply_gpu_flags` as options of one compilation."""
+    return {
+        one.name: one.value == "true" if one.value in ("true", "false") else int(one.value)
+        for one in _flags(devices, beside)
+    }
+
+
+def _flags(devices: int, beside: bool) -> tuple[Setting, ...]:
+    return () if devices < 2 else (*XLA, *(BESIDE if beside else ()))

@@ -70,7 +70,7 @@ def run(argv: Sequence[str]) -> int:
     if options.profiled < 0:
         raise ConfigError(f"--profiled = {options.profiled} must not be negative")
     mesh = config.mesh
-    apply_gpu_flags(os.environ, mesh.pipe * mesh.expert * mesh.data, beside=mesh.pipe > 1 and mesh.lag == 2)
+    apply_gpu_flags(os.environ, mesh.devices, beside=mesh.sends_beside)
     import jax
 
     from dsv3_jax.train.bench import bench_step

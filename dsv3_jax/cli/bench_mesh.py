@@ -197,7 +197,7 @@ class Bench:
         from dsv3_jax.train.mesh_bench import Amount
 
         options, environment = self.options, dict(self.environment)
-        apply_gpu_flags(environment, row.devices)
+        apply_gpu_flags(environment, row.devices, beside=row.config.mesh.sends_beside)
         amount = Amount(options.steps, options.warmup, options.profiled)
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:

@@ -35,7 +35,7 @@ def compile_rows(
                     if waiting:
                         row = waiting.pop(0)
                         own = turned(environment, place % gpus, gpus)
-                        apply_gpu_flags(own, row.devices)
+                        apply_gpu_flags(own, row.devices, beside=row.config.mesh.sends_beside)
                         spec = Path(folder) / f"{row.name}.json"
                         spec.write_text(json.dumps(spec_of(row, None, compile_cache)), encoding="utf-8")
                         command = [*COMMAND, str(spec), str(spec.with_suffix(".result"))]

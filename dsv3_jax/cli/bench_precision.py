@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
         )
     if not options.out:
         raise ConfigError("--out is missing: the folder for what is measured")
-    apply_gpu_flags(os.environ, config.mesh.pipe * config.mesh.expert * config.mesh.data)
+    apply_gpu_flags(os.environ, config.mesh.devices, beside=config.mesh.sends_beside)
     from dsv3_jax.train.precision_bench import LIMIT, compare_precisions
 
     result = compare_precisions(config, Path(options.out), names)

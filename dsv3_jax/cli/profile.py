@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> int:
     if options.steps < 1:
         raise ConfigError(f"--steps = {options.steps} must be at least 1")
     mesh = config.mesh
-    apply_gpu_flags(os.environ, mesh.pipe * mesh.expert * mesh.data, beside=mesh.pipe > 1 and mesh.lag == 2)
+    apply_gpu_flags(os.environ, mesh.devices, beside=mesh.sends_beside)
     import jax
 
     from dsv3_jax.train.profile import how_to_open, profile_run

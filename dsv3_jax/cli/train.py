@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
     if not options.out:
         raise ConfigError("--out is missing: name the run's folder, as in `dsv3 train tiny --out runs/tiny`")
     mesh = config.mesh
-    apply_gpu_flags(os.environ, mesh.pipe * mesh.expert * mesh.data, beside=mesh.pipe > 1 and mesh.lag == 2)
+    apply_gpu_flags(os.environ, mesh.devices, beside=mesh.sends_beside)
     # JAX and all above it take seconds to import: mistakes on the command line are told before.
     from dsv3_jax.checkpoint import CheckpointError
     from dsv3_jax.train.trainer import FAILED, INTERRUPTED, RunError, train

@@ -296,6 +296,16 @@ class MeshConfig:
     fp8_dispatch: bool = False
     """Tokens travel to their experts as FP8 with power-of-two scales (spec 12)."""
 
+    @property
+    def devices(self) -> int:
+        """All of them."""
+        return self.pipe * self.expert * self.data
+
+    @property
+    def sends_beside(self) -> bool:
+        """Whether messages between stages are to travel beside computation."""
+        return self.pipe > 1 and self.lag == 2
+
 
 @dataclass(frozen=True)
 class AxesConfig:

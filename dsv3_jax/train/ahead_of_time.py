@@ -82,7 +82,7 @@ def compile_ahead(config: Config, *, say: Callable[[str], None] = print) -> Ahea
             f"mesh.cluster is empty: name what to compile for, one of {', '.join(cluster_names())}, "
             "as in --mesh.cluster h200_8"
         )
-    cluster, size = load_cluster(mesh.cluster), mesh.pipe * mesh.expert * mesh.data
+    cluster, size = load_cluster(mesh.cluster), mesh.devices
     gpu = cluster.device != "cpu"
     devices = _gpus(cluster, size) if gpu else jax.devices()
     try:
@@ -91,7 +91,7 @@ def compile_ahead(config: Config, *, say: Callable[[str], None] = print) -> Ahea
         raise ConfigError(str(error)) from error
     options: dict[str, Any] = {}
     if gpu:
-        options = _OPTIONS | ({one.name: one.value == "true" for one in flags.XLA} if size > 1 else {})
+        options = _OPTIONS | flags.compiler_options(size, beside=mesh.sends_beside)
     with _chosen_for(gpu):
         began = time.perf_counter()
         step = TrainStep(config, whole)

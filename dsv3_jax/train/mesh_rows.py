@@ -30,8 +30,7 @@ class Row:
     @property
     def devices(self) -> int:
         """Of its mesh."""
-        mesh = self.config.mesh
-        return mesh.pipe * mesh.expert * mesh.data
+        return self.config.mesh.devices
 
     @property
     def what(self) -> str:

@@ -105,7 +105,7 @@ def _peak_of_all(config: Config) -> float | None:
     """FLOP/s of all devices of the run together at BF16, where they are known."""
     peak = peak_flops(jax.devices()[0].device_kind)
     mesh = config.mesh
-    return peak * mesh.pipe * mesh.expert * mesh.data if peak else None
+    return peak * mesh.devices if peak else None
 
 
 def _number(value: float | None, form: str) -> str:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sharding.flags import BESIDE, ENVIRONMENT, XLA, apply_gpu_flags
+from sharding.flags import BESIDE, ENVIRONMENT, XLA, apply_gpu_flags, compiler_options
 
 GPUS = {"CUDA_VISIBLE_DEVICES": "0,1", "JAX_PLATFORMS": "cuda"}
 
@@ -28,6 +28,13 @@ def test_the_users_own_settings_win():
     again = dict(environment)
     assert apply_gpu_flags(again, 2) == []
     assert again == environment
+
+
+def test_options_of_one_compilation_are_the_flags_as_values():
+    assert compiler_options(1, beside=True) == {}
+    assert compiler_options(2) == {"xla_gpu_enable_latency_hiding_scheduler": True}
+    assert compiler_options(2, beside=True).keys() == {one.name for one in (*XLA, *BESIDE)}
+    assert compiler_options(2, beside=True)["xla_gpu_experimental_parallel_collective_overlap_limit"] == 8
 
 
 def test_every_setting_has_a_reason():
