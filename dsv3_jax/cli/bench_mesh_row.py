@@ -17,7 +17,7 @@ import jax
 
 from dsv3_jax.cli.compile_cache import keep_compiled
 from dsv3_jax.config import ConfigError, load_config, to_toml
-from dsv3_jax.train.mesh_bench import Amount, compile_ahead, measure
+from dsv3_jax.train.mesh_bench import Amount, compile_row, measure
 from dsv3_jax.train.mesh_rows import Row
 from dsv3_jax.train.step import out_of_memory
 
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
     keep_compiled(spec["compile_cache"])
     try:
         if spec["amount"] is None:
-            keep({"compile_seconds": compile_ahead(row)})
+            keep({"compile_seconds": compile_row(row)})
             return 0
         measure(row, Amount(**spec["amount"]), say=say, keep=keep)
     except ConfigError as error:

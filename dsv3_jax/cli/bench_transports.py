@@ -5,14 +5,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dsv3_jax.cli.overrides import parse_options
 from dsv3_jax.config import ConfigError
 from sharding.flags import apply_gpu_flags
-
-type Transport = Literal["padded", "counted", "ring", "two_hop"]
-TRANSPORTS: tuple[Transport, ...] = ("padded", "counted", "ring", "two_hop")
 
 
 @dataclass(frozen=True)
@@ -52,9 +49,6 @@ def run(argv: Sequence[str]) -> int:
         "beside what DeepEP published and what NVLink can carry."
     )
     options = parse_options("dsv3 bench transports", argv, description, Options)
-    names = [name.strip() for name in options.only.split(",") if name.strip()] or list(TRANSPORTS)
-    if unknown := [name for name in names if name not in TRANSPORTS]:
-        raise ConfigError(f"--only names {unknown[0]!r}; the transports are {', '.join(TRANSPORTS)}")
     for name in ("tokens", "hidden", "experts", "choices", "seconds", "each", "capacity"):
         if getattr(options, name) <= 0:
             raise ConfigError(f"--{name} = {getattr(options, name)} must be above 0")
@@ -66,8 +60,12 @@ def run(argv: Sequence[str]) -> int:
     apply_gpu_flags(os.environ, options.gpus or 2)
     import jax
 
+    from sharding.expert_parallel import TRANSPORTS, Transport
     from sharding.expert_parallel.bench import Shapes, bench
 
+    names = [name.strip() for name in options.only.split(",") if name.strip()] or list(TRANSPORTS)
+    if unknown := [name for name in names if name not in TRANSPORTS]:
+        raise ConfigError(f"--only names {unknown[0]!r}; the transports are {', '.join(TRANSPORTS)}")
     there = jax.devices()
     devices = options.gpus or len(there)
     if devices > len(there):

@@ -90,7 +90,7 @@ def measure(row: Row, amount: Amount, *, say: Callable[[str], None], keep: Calla
     return facts
 
 
-def compile_ahead(row: Row) -> float:
+def compile_row(row: Row) -> float:
     """Compiles the program that :func:`measure` will run, without a state, for a cache of compiled programs to keep;
     seconds that it took."""
     mesh = config_mesh(row.config)
