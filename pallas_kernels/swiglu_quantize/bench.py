@@ -45,9 +45,9 @@ def run_backward(bench: memory_bench.MemoryBench, case: cases.Case, inputs: tupl
     expected = jax.jit(reference.swiglu_backward_quantize)(*inputs)
     baseline = measure("xla", reference.swiglu_backward_quantize)
     measure("xla, then both", _in_two_steps, against=baseline)
-    for chunk in (8, 16) if tune else (8,):
+    for chunk in (16, 8) if tune else (16,):
         kernel = functools.partial(backward_sm90.swiglu_backward_quantize, chunk=chunk)
-        measure(f"pallas c{chunk}", kernel, expected=expected, against=baseline, sustained=chunk == 8)
+        measure(f"pallas c{chunk}", kernel, expected=expected, against=baseline, sustained=chunk == 16)
     weighted = (*inputs, jnp.ones(len(inputs[1])))
     kernel = backward_sm90.swiglu_backward_quantize
     bench.measure(case.name, name, "pallas, weighted", kernel, weighted, moved_bytes=moved, against=baseline)
