@@ -22,7 +22,7 @@ def mtp_kept(model: ModelConfig, work: Work, remat: str) -> int:
 
 
 PARTS = 8
-"""In which a pipeline sums a head's gradient, one after the other."""
+"""In which a pipeline sums a head's gradient, one after the other, so that a chunk's share of it is never whole."""
 
 
 def head_at_work(config: Config, work: Work, *, in_parts: bool = False) -> Tensors:

@@ -12,6 +12,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.nn.balance import balance_loss
 from dsv3_jax.nn.moe import BalanceLoss, MoEAux
+from dsv3_jax.planning.at_work import PARTS
 from pallas_kernels.precision import matmul_precision
 
 
@@ -80,7 +81,7 @@ def cross_entropy_gradients(
     used = hidden[:, : labels.shape[1]]
     chunks = _in_chunks(used.reshape(-1, hidden.shape[-1]), labels.reshape(-1), weights.reshape(-1), chunk)
     cast, dim_d = head.astype(hidden.dtype), hidden.shape[-1]
-    part = dim_d // _PARTS if dim_d % _PARTS == 0 else dim_d
+    part = dim_d // PARTS if dim_d % PARTS == 0 else dim_d
 
     def body(carry: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
         total, d_head = carry
@@ -97,10 +98,6 @@ def cross_entropy_gradients(
     (total, d_head), d_states = lax.scan(body, (jnp.zeros((), jnp.float32), d_head), chunks)
     d_used = d_states.reshape(-1, dim_d)[: labels.size].reshape(used.shape)
     return total, jnp.pad(d_used, ((0, 0), (0, hidden.shape[1] - used.shape[1]), (0, 0))), d_head
-
-
-_PARTS = 8
-"""Of a head's gradient, one after the other, so that a chunk's share of it is never there whole."""
 
 
 @jax.custom_vjp
