@@ -92,7 +92,7 @@ def bench_step(
     say(f"{config.name}: {count_parameters(model).trainable:,} parameters; compiling")
     begin = time.perf_counter()
     on_gpu = jax.default_backend() == "gpu"
-    step.jitted = compiled = compile_step(step, state, batches[0], for_trace=bool(profiled) and not on_gpu)
+    step.program = compiled = compile_step(step, state, batches[0], for_trace=bool(profiled) and not on_gpu)
     compile_seconds = time.perf_counter() - begin
     planned, instructions = compiled.memory_analysis(), len(parse_hlo(compiled.as_text()))
     say(f"compiled in {compile_seconds:.1f} s")
@@ -108,7 +108,7 @@ def bench_step(
     if profiled:
         say(f"profiling {profiled} steps")
         if on_gpu:
-            step.jitted = compile_step(step, state, batches[0], for_trace=True)
+            step.program = compile_step(step, state, batches[0], for_trace=True)
         with tempfile.TemporaryDirectory() as folder:
             where = profile_steps(step, state, Path(folder), steps=profiled)[0].rows
     return StepBench(

@@ -68,7 +68,7 @@ def measure(row: Row, amount: Amount, *, say: Callable[[str], None], keep: Calla
     begin = time.perf_counter()
     compiled = _compiled(step, state)
     facts |= {"compile_seconds": time.perf_counter() - begin, "trials": []}
-    step.jitted, planned = compiled, compiled.memory_analysis()
+    step.program, planned = compiled, compiled.memory_analysis()
     for sequences in row.trials:
         say(f"compiled in {facts['compile_seconds']:.0f} s; timing steps of {sequences} sequences")
         part = step if sequences == config.train.batch_size else _smaller(step, sequences)
@@ -115,7 +115,7 @@ def _compiled(step: TrainStep, state: TrainState) -> Any:
 def _smaller(step: TrainStep, sequences: int) -> TrainStep:
     """The same program for a smaller batch, its schedules those of a run of such batches."""
     part = make_train_step(replace(step.config, train={"batch_size": sequences}))
-    part.jitted, part.most_micro_batches = step.jitted, step.most_micro_batches
+    part.program, part.most_micro_batches = step.program, step.most_micro_batches
     return part
 
 
@@ -170,7 +170,7 @@ def pass_times(step: TrainStep, state: TrainState) -> dict[str, float]:
             seconds = []
             for _ in range(_REPEATS):
                 begin = time.perf_counter()
-                arrays, metrics = step.jitted(arrays, tokens, scalars._replace(table=(rows, np.int32(ticks))))
+                arrays, metrics = step.program(arrays, tokens, scalars._replace(table=(rows, np.int32(ticks))))
                 jax.block_until_ready((arrays, metrics))
                 seconds.append(1e3 * (time.perf_counter() - begin))
             until[name].append(statistics.median(seconds))
@@ -189,7 +189,7 @@ def _profiled(step: TrainStep, state: TrainState, steps: int) -> Facts:
     on_gpu = jax.default_backend() == "gpu"
     with tempfile.TemporaryDirectory() as folder:
         profile, _ = profile_steps(step, state, Path(folder), steps=steps)
-        program = parse_hlo(step.jitted.as_text())
+        program = parse_hlo(step.program.as_text())
         # A CPU's trace does not tell its virtual devices apart.
         devices = range(step.mesh.size if on_gpu else 1)
         events = [read_events(profile.trace, device) for device in devices]

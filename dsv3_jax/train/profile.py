@@ -70,7 +70,7 @@ def profile_run(config: Config, folder: Path, *, steps: int = 3, say: Callable[[
     mesh = config_mesh(config)
     state, step = init_state(config, mesh), make_train_step(config, mesh)
     say("compiling the step that is profiled")
-    step.jitted = compile_step(step, state, random_batches(config, 1)[0], for_trace=True)
+    step.program = compile_step(step, state, random_batches(config, 1)[0], for_trace=True)
     return profile_steps(step, state, folder, steps=steps)[0]
 
 
@@ -78,7 +78,7 @@ def profile_steps(step: TrainStep, state: TrainState, folder: Path, *, steps: in
     """Records ``steps`` steps after two more, on random tokens.
 
     Args:
-        step: whose ``jitted`` is a program of :func:`compile_step` with ``for_trace``.
+        step: whose ``program`` is one of :func:`compile_step` with ``for_trace``.
         state: used up.
         folder: where the trace goes.
         steps: at least 1.
@@ -96,7 +96,7 @@ def profile_steps(step: TrainStep, state: TrainState, folder: Path, *, steps: in
         jax.block_until_ready(state.params)
         seconds = time.perf_counter() - began
     rows = tabulate(
-        read_events(trace_file(folder)), parse_hlo(step.jitted.as_text()), steps, **roofline(config, step.mesh.size)
+        read_events(trace_file(folder)), parse_hlo(step.program.as_text()), steps, **roofline(config, step.mesh.size)
     )
     return Profile(rows, trace_file(folder), 1e3 * seconds / steps), state
 

@@ -70,12 +70,14 @@ class TrainStep:
             self._local_step, mesh=self.mesh, in_specs=(specs, _ROWS, P()), out_specs=(specs, P()), check_vma=False
         )
         self.jitted: Any = jax.jit(mapped, donate_argnums=0, out_shardings=(places, None))
+        self.program = self.jitted
+        """What a call runs: ``jitted``, or a program that was compiled from it."""
 
     def __call__(self, state: TrainState, rows: Int32[np.ndarray, "n T1"]) -> tuple[TrainState, Metrics]:
         """One optimizer step."""
         sequences = rows.shape[0] * jax.process_count()
         arguments, scalars = self.arguments(state, rows)
-        arrays, metrics = self.jitted(*arguments)
+        arrays, metrics = self.program(*arguments)
         consumed = state.tokens + sequences * self.config.train.seq_len
         state = TrainState(**arrays, step=state.step + 1, tokens=consumed)
         metrics |= {"lr": float(scalars.learning_rate), "step": state.step, "tokens": state.tokens}

@@ -23,7 +23,7 @@ def test_steps_are_handed_over_without_a_look_at_their_results():
     config = micro.config(micro.ROUTED_ONLY)
     step, state, queue = make_train_step(config), micro.train_state(config), MetricsQueue(log_every=2)
     names = ("loss", "mtp_loss", "balance_loss", "grad_norm", "skipped", "nonfinite", "max_vio", "expert_load")
-    step.jitted = lambda arrays, *_: (
+    step.program = lambda arrays, *_: (
         jax.tree.map(lambda _: OnDevice(), arrays),
         {name: OnDevice() for name in names},
     )
