@@ -45,14 +45,15 @@ _Computation = dict[str, _Line]
 
 
 def parse_hlo(text: str) -> dict[str, Instruction]:
-    """Every instruction of an optimized program (``compiled.as_text()``) by name, those inside fusions left out."""
+    """Every instruction of an optimized program (``compiled.as_text()``) by name; of those inside fusions only custom
+    calls: a kernel that is handed a slice is fused with it, and runs under its own name."""
     computations = _computations(text)
     fused = {line.called for lines in computations.values() for line in lines.values() if line.opcode == "fusion"}
     found = {}
     for name, lines in computations.items():
-        if name in fused:
-            continue
         for line in lines.values():
+            if name in fused and line.opcode != "custom-call":
+                continue
             inner = computations.get(line.called, {}) if line.opcode == "fusion" else {}
             names = dict.fromkeys([line.op_name, *(one.op_name for one in inner.values())])
             moved = _fusion_bytes(line, lines, inner) if inner else _plain_bytes(line, lines)

@@ -38,6 +38,13 @@ PROGRAM = """HloModule jit__local_step, is_scheduled=true
   ROOT %both = (f32[11,64]{1,0}, f32[64]{0}) tuple(%update, %double)
 }
 
+%dynamic-slice-fusion (p0: f32[11,64,128]) -> f32[64,64] {
+  %p0 = f32[11,64,128]{2,1,0} parameter(0)
+  %slice.1 = f32[1,64,128]{2,1,0} slice(%p0), slice={[3:4], [0:64], [0:128]}
+  %bitcast.1 = f32[64,128]{1,0} bitcast(%slice.1)
+  ROOT %mpmd_map.1 = f32[64,64]{1,0} custom-call(%bitcast.1), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(_local_step)/gradients/jvp()/experts/grouped_gemm/mpmd_map"}
+}
+
 ENTRY %main (a: f32[11,64,128], b: f32[11,64], d: f32[64], i: s32[]) -> (f32[11,64], f32[64]) {
   %a = f32[11,64,128]{2,1,0} parameter(0), metadata={op_name="a"}
   %b = f32[11,64]{1,0} parameter(1)
@@ -45,20 +52,24 @@ ENTRY %main (a: f32[11,64,128], b: f32[11,64], d: f32[64], i: s32[]) -> (f32[11,
   %i = s32[] parameter(3)
   %wrapped_convert = bf16[64,128]{1,0:T(8,128)} fusion(%a, %i), kind=kLoop, calls=%fused_slice, metadata={op_name="jit(_local_step)/gradients/jvp(cast)/x"}
   %gemm = (bf16[64,64]{1,0}, s8[4096]{0}) custom-call(%wrapped_convert, %wrapped_convert), custom_call_target="__cublas$gemm", metadata={op_name="jit(_local_step)/gradients/jvp()/dot_general" stack_frame_id=3}, backend_config={"calls":"(no"}
+  %dynamic_slice_fusion = f32[64,64]{1,0} fusion(%a), kind=kCustom, calls=%dynamic-slice-fusion
   ROOT %loop_fusion.2 = (f32[11,64]{1,0}, f32[64]{0}) fusion(%b, %d, %i), kind=kLoop, calls=%fused_update
 }
 """  # noqa: E501
 
 
 def test_bytes_are_of_what_is_read_and_written():
-    found = parse_hlo(PROGRAM)
-    assert set(found) == {"a", "b", "d", "i", "wrapped_convert", "gemm", "loop_fusion.2"}
+    found, kernel = parse_hlo(PROGRAM), {"dynamic_slice_fusion", "mpmd_map.1"}
+    assert set(found) == {"a", "b", "d", "i", "wrapped_convert", "gemm", "loop_fusion.2"} | kernel
     assert found["a"].bytes == 0
     # One layer of the stack is read, not eleven; then written in half the width.
     assert found["wrapped_convert"].bytes == 64 * 128 * (4 + 2) + 4
     assert found["gemm"].bytes == 2 * 64 * 128 * 2 + 64 * 64 * 2 + 4096
     # One row of the stack is written in place, and the rest neither read nor written.
     assert found["loop_fusion.2"].bytes == 64 * 4 + 4 + 64 * 4 + 64 * 4
+    # A kernel that is handed one layer of a stack: a profile has it under its own name.
+    assert {found[name].bytes for name in kernel} == {64 * (128 + 64) * 4}
+    assert kind_of(Event("mosaic", "mpmd_map.1", 0, 1), found["mpmd_map.1"]) == "expert GEMM"
     assert found["gemm"].op_names == ("jit(_local_step)/gradients/jvp()/dot_general",)
     assert found["wrapped_convert"].op_names == (
         "jit(_local_step)/gradients/jvp(cast)/x",
