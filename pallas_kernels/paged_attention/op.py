@@ -3,6 +3,7 @@
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import dispatch
+from pallas_kernels.once import once
 from pallas_kernels.paged_attention import pallas_sm90, reference
 
 MOST_QUERIES = 4
@@ -50,9 +51,7 @@ def paged_attention(
     if in_fp8 != (scale_PSX is not None):
         raise ValueError(f"paged_attention: latents of {latent_PSC.dtype} {'need' if in_fp8 else 'have no'} scales")
     obstacle = pallas_sm90.obstacle(q_BTNC, latent_PSC, key_PSR, MOST_QUERIES)
-    if implementation == "auto" and not obstacle:
-        obstacle = "its tests have not run on a GPU yet, so it must be asked for by name"
     operands = (q_BTNC, q_BTNR, latent_PSC, key_PSR, table_BX, first_B)
     if dispatch.choose("paged_attention", implementation, {"pallas": obstacle}) == "pallas":
-        return pallas_sm90.paged_attention(*operands, scale=scale)
+        return once(pallas_sm90.paged_attention, scale=scale)(*operands)
     return reference.paged_attention(*operands, scale_PSX, scale=scale)
