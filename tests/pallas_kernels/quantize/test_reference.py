@@ -50,6 +50,24 @@ def spec_tile():
     return np.sin(0.1 * j).astype(np.float64) * (1 + 0.01 * j)
 
 
+def test_rounding_in_float32_is_the_conversion_to_e4m3():
+    codes = np.arange(256, dtype=np.uint8).view(F8).astype(np.float32)
+    codes = np.unique(codes[np.isfinite(codes)])
+    between = (codes[1:] + codes[:-1]) / 2
+    near = [np.nextafter(between, np.float32(to)) for to in (-np.inf, np.inf)]
+    rng = np.random.default_rng(0)
+    spread = rng.uniform(-1, 1, 10_000) * 2.0 ** rng.integers(-14, 9, 10_000)
+    x = np.concatenate([codes, between, *near, spread, [-0.0, 1e-40, -1e-40]]).astype(np.float32)
+    same(jax.jit(reference.round_to_e4m3)(x), x.astype(F8).astype(np.float32))
+
+
+@pytest.mark.gpu
+def test_codes_that_are_widened_in_the_same_program_are_rounded_before():
+    x = jnp.asarray(rows_of_all_magnitudes(), jnp.bfloat16)
+    alone = jax.jit(reference.dequantize_rows)(*quantize_rows(x))
+    same(jax.jit(lambda x: reference.dequantize_rows(*reference.quantize_rows(x)))(x), alone)
+
+
 @pytest.mark.parametrize(
     ("power_of_two", "scale", "values", "codes", "error"),
     [
