@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import re
 import threading
 
 import jax
@@ -109,6 +110,21 @@ def test_a_step_runs_to_its_end_while_the_one_before_is_folded_in(step, monkeypa
     same(average.plain(), expected)
 
 
+def test_threads_and_the_sizes_of_pieces_and_tasks_do_not_change_a_bit(monkeypatch):
+    found = []
+    for threads, piece, task, block in ((1, 1 << 26, 1 << 22, 1 << 18), (5, 250, 100, 32)):
+        for name, size in (("_PIECE", piece), ("_TASK", task), ("_BLOCK", block)):
+            monkeypatch.setattr(ema, name, size)
+        steps = Steps(CONFIG)
+        average = MovingAverage(CONFIG, steps.state.params, threads=threads)
+        for _ in range(2):
+            average.follow(*steps.next())
+        found.append(average.plain())
+    largest = max(leaf.size for leaf in jax.tree.leaves(found[0])) // 4
+    assert largest > 2 * 250, "one piece has all"
+    exactly_same(*found)
+
+
 class Skipped:
     """A metric that is there, or of a step that still runs."""
 
@@ -149,7 +165,9 @@ def test_one_set_of_parameters_is_under_way_at_a_time_and_waiting_devices_are_to
     assert folds
     assert order == ["copy", *folds] * 3
     assert len(told) == devices_wait
-    assert all("raise train.ema_every (now 1;" in line for line in told)
+    assert all(re.search(r"raise train\.ema_every to [1-9]\d* \(now 1;", line) for line in told)
+    assert (average.longest_wait > 0) == devices_wait
+    assert (average.fold_seconds or 0) > 0
 
 
 def test_copies_are_freed_as_they_are_used():
