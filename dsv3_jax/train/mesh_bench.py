@@ -17,7 +17,7 @@ from dsv3_jax.config import Config, replace
 from dsv3_jax.train.bench import peak_memory, time_steps
 from dsv3_jax.train.hlo_text import parse_hlo
 from dsv3_jax.train.mesh_profile import communication, waiting_share
-from dsv3_jax.train.mesh_rows import ONE, STAGES, Row
+from dsv3_jax.train.mesh_rows import ONE, ONE_RANK, STAGES, Row
 from dsv3_jax.train.pipeline import Pipeline, step_table
 from dsv3_jax.train.profile import compile_step, profile_steps, random_batches
 from dsv3_jax.train.state import TrainState, abstract_state, config_mesh, init_state, placed_model
@@ -102,7 +102,7 @@ def compile_row(row: Row) -> float:
 
 def _step_of(row: Row, mesh: Mesh) -> TrainStep:
     step = make_train_step(row.config, mesh)
-    return as_one_stage(step) if row.name == STAGES else step
+    return as_one_rank(step, *ONE_RANK[row.name]) if row.name in ONE_RANK else step
 
 
 def _compiled(step: TrainStep, state: TrainState) -> Any:
@@ -132,12 +132,15 @@ def _trial(config: Config, times: list[float], seen: list[Any]) -> Facts:
     }
 
 
-def as_one_stage(step: TrainStep) -> TrainStep:
-    """The step of one device run as a pipeline of one rank: the program that the stages of a mesh run, without its
-    bubble or its transfers. It can run the tables of 1F1B and of ZB1P, and so every kind of pass but a pair."""
+def as_one_rank(step: TrainStep, *schedules: str) -> TrainStep:
+    """The step run as a pipeline of one rank: the program that the stages of a mesh run, without its bubble or its
+    messages. It can run the tables of all of ``schedules``: 1F1B and ZB1P have every kind of pass but a pair, DualPipeV
+    has pairs of a pass in each half of the layers."""
     config = step.config
-    partition = make_partition((config.model.n_moe_layers,), 1, chunks=1)
-    tables = [step_table(_scheduled(config, name), step.most_micro_batches) for name in ("1f1b", "zb1p")]
+    layers, halves = config.model.n_moe_layers, "dualpipev" in schedules
+    counts = (layers - layers // 2, layers // 2) if halves else (layers,)
+    partition = make_partition(counts, 1, chunks=len(counts))
+    tables = [step_table(_scheduled(config, name), step.most_micro_batches) for name in schedules]
     step._pipeline = Pipeline(config, placed_model(config), partition, *tables)
     return step
 
@@ -154,7 +157,7 @@ def pass_times(step: TrainStep, state: TrainState) -> dict[str, float]:
     A table is run to its first ticks; a pass is the difference that its tick makes.
 
     Args:
-        step: of :func:`as_one_stage`, compiled.
+        step: of :func:`as_one_rank` with 1F1B and ZB1P, compiled.
         state: used up.
     """
     pipeline = step._pipeline

@@ -13,8 +13,13 @@ ONE, SHARE, STAGES = "one", "one_share", "stages"
 """One device: with a mesh's whole batch, with one device's share of it, and as a pipeline of one rank."""
 EVERY = (ONE, "expert", "data", "1f1b", "dualpipev", STAGES, "dualpipe", "pipe_expert", "zb1p", SHARE)
 """Rows that run when none are named, the most important first."""
-ON_DEMAND = (*(f"expert_{name}" for name in TRANSPORTS), "gpipe")
+PASSES, PAIRS = "passes", "pairs"
+"""Experts on N devices, each the one rank of a pipeline: a pass at a time, and forward and backward in pairs. What
+the second hides of exchanges of tokens, it hides without a pipeline's bubble and messages."""
+ON_DEMAND = (*(f"expert_{name}" for name in TRANSPORTS), "gpipe", PASSES, PAIRS)
 """Rows that run only when they are named."""
+ONE_RANK = {STAGES: ("1f1b", "zb1p"), PASSES: ("1f1b",), PAIRS: ("dualpipev",)}
+"""Schedules whose tables a pipeline of one rank must be able to run, by row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Row:
         words = [f"{axis} = {size}" for axis, size in axes.items() if size > 1] or ["one device"]
         words += [mesh.schedule] if mesh.pipe > 1 else []
         words += [mesh.transport] if mesh.expert > 1 else []
+        words += {PASSES: ["a pass at a time"], PAIRS: ["passes in pairs"]}.get(self.name, [])
         return ", ".join(words)
 
 
@@ -104,6 +110,8 @@ def _mesh_of(name: str, devices: int) -> dict[str, Any] | str:
         return {"pipe": 2, "expert": devices // 2, "schedule": "dualpipe"}
     if name == "data":
         return {"data": devices}
+    if name in (PASSES, PAIRS):
+        return {"pipe": 1, "lag": 1, "expert": devices, "schedule": ONE_RANK[name][0]}
     transport = name.removeprefix("expert").removeprefix("_")
     if transport == "two_hop" and devices < 4:
         return f"two_hop needs 4 devices or more, not {devices}"
@@ -141,7 +149,7 @@ def _fitted(
         if group is flat and SHARE in names:
             yield SHARE, Row(SHARE, replace(config, train={"batch_size": micro, "micro_batch_size": micro}), (micro,))
         if group is piped and STAGES in names:
-            config_1 = replace(config, train={**alone, "unroll": False}, mesh={"schedule": "1f1b"})
+            config_1 = replace(config, train=alone, mesh={"schedule": "1f1b"})
             yield STAGES, Row(STAGES, config_1, (per_step * micro,))
     if not batches:
         batches.append(devices * size)
@@ -154,8 +162,6 @@ def _group(
 ) -> Iterator[tuple[str, Row]]:
     for name, mesh in meshes.items():
         train: dict[str, object] = {"batch_size": batch, "micro_batch_size": micro}
-        if "pipe" in mesh:
-            train["unroll"] = False
         changed = replace(config, mesh=mesh, train=train)
         try:
             validate(changed)

@@ -46,10 +46,12 @@ def test_one_process_on_one_device_is_the_reference_of_all_batches():
     assert rows["one_share"].trials == (4,), "one device's share of the flat batch"
 
 
-def test_stages_run_layers_in_a_loop_and_all_others_as_the_preset_has_them():
-    rows, _ = rows_of(4)
-    looped = {name for name, row in rows.items() if not row.config.train.unroll}
-    assert looped == {"1f1b", "zb1p", "dualpipe", "dualpipev", "pipe_expert", "stages"}
+def test_one_rank_shows_what_pairs_of_passes_hide():
+    rows, _ = rows_of(2, ["passes", "pairs"], micro_batches=8)
+    assert list(rows) == ["one", "passes", "pairs"]
+    assert axes(rows["passes"]) == axes(rows["pairs"]) == (1, 2, 1)
+    assert rows["pairs"].trials == rows["one"].trials, "a pipeline's batch"
+    assert rows["pairs"].what == "expert = 2, counted, passes in pairs"
 
 
 def test_only_what_is_named_runs_beside_the_reference():
