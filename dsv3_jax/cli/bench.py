@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError("name what to measure, as in `dsv3 bench train bench_3b` or `dsv3 bench kernels`")
     description = (
         "Time the training step on random tokens: compile seconds, median step, tokens/s, FLOP/s; where its time goes, "
-        "and where its memory."
+        "and where its memory; with --train.ema-decay, the moving average's cost too."
     )
     rest = words[1:] if words[0] == "train" else words
     config, options = parse_config("dsv3 bench train", rest, description, Options)
@@ -69,6 +69,8 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError(f"--steps = {options.steps} and --warmup = {options.warmup} must be at least 1")
     if options.profiled < 0:
         raise ConfigError(f"--profiled = {options.profiled} must not be negative")
+    if config.train.ema_decay and options.steps < config.train.ema_every:
+        raise ConfigError(f"--steps = {options.steps} must be at least train.ema_every = {config.train.ema_every}")
     mesh = config.mesh
     apply_gpu_flags(os.environ, mesh.devices, beside=mesh.sends_beside)
     import jax
@@ -100,6 +102,8 @@ def run(argv: Sequence[str]) -> int:
             file.write(text + "\n")
     _print_table(dataclasses.asdict(result))
     print(memory_text(result))
+    if result.average is not None:
+        print(f"\n{result.average}")
     if result.where is not None:
         print(f"\n{as_text(result.where)}")
     return 0
@@ -126,7 +130,7 @@ def _print_table(facts: dict[str, object]) -> None:
     table.add_column("measure")
     table.add_column("value", justify="right")
     for name, value in facts.items():
-        if name not in ("preset", "device", "devices", "where", "memory_gib"):
+        if name not in ("preset", "device", "devices", "where", "memory_gib", "average"):
             table.add_row(name.replace("_", " "), _text(value))
     Console().print(table)
 

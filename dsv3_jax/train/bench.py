@@ -16,11 +16,37 @@ from dsv3_jax.config import Config
 from dsv3_jax.planning import count_parameters, flops_per_token
 from dsv3_jax.planning.devices import peak_flops
 from dsv3_jax.planning.memory import plan_memory
+from dsv3_jax.train.ema import MovingAverage
 from dsv3_jax.train.hlo_text import parse_hlo
 from dsv3_jax.train.profile import compile_step, profile_steps, random_batches
 from dsv3_jax.train.state import TrainState, config_mesh, init_state
 from dsv3_jax.train.step import Metrics, TrainStep, make_train_step
 from dsv3_jax.train.step_table import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class AverageBench:
+    """What the moving average of parameters costs beside the steps."""
+
+    every: int
+    """``train.ema_every``."""
+    step_ms: float
+    """Mean of the timed steps: after one of ``every``, the device copies parameters."""
+    longest_wait_ms: float
+    """That the device stood still, the last fold not having ended."""
+    fold_ms: float
+    """From a step's end to when it is folded in, median."""
+    gb: float
+    """Float32 parameters of this process."""
+    gb_per_second: float
+    """Of them, on their way and folded in."""
+
+    def __str__(self) -> str:
+        return (
+            f"moving average, every {self.every} steps: {self.step_ms:.4g} ms a step (mean), the device waited "
+            f"{self.longest_wait_ms:.3g} ms at most; {self.gb:.3g} GB folded in in {self.fold_ms:.4g} ms, "
+            f"{self.gb_per_second:.3g} GB/s"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +95,8 @@ class StepBench:
     """What XLA planned: arguments and temporaries."""
     where: list[Row] | None
     """Where one step's time goes; None where no steps were profiled."""
+    average: AverageBench | None
+    """Of a configuration with ``train.ema_decay``; None without, and where no step was folded in."""
 
 
 def bench_step(
@@ -81,8 +109,10 @@ def bench_step(
 ) -> StepBench:
     """Time ``steps`` training steps after ``warmup`` ones, on four batches of uniform random tokens, cycled.
 
-    The loss of the batches must fall while they repeat: both ends are in the result. Afterwards ``profiled`` steps go
-    under the profiler; on a GPU these are compiled again, without command buffers.
+    The loss of the batches must fall while they repeat: both ends are in the result. With ``train.ema_decay`` the
+    moving average follows as in a run (over a number of ``steps`` that is a multiple of ``train.ema_every``, the mean
+    is fair). Afterwards ``profiled`` steps go under the profiler; on a GPU these are compiled again, without command
+    buffers.
     """
     mesh = config_mesh(config)
     train, model = config.train, config.model
@@ -96,7 +126,9 @@ def bench_step(
     compile_seconds = time.perf_counter() - begin
     planned, instructions = compiled.memory_analysis(), len(parse_hlo(compiled.as_text()))
     say(f"compiled in {compile_seconds:.1f} s")
-    state, times, seen = time_steps(step, state, batches, steps=steps, warmup=warmup)
+    average = MovingAverage(config, state.params, mesh, say=say) if train.ema_decay else None
+    follow = average.follow if average else None
+    state, times, seen = time_steps(step, state, batches, steps=steps, warmup=warmup, follow=follow)
     losses, timed = [float(metrics["loss"]) for metrics in seen], times[warmup - 1 :]
     median = statistics.median(timed)
     tokens = train.batch_size * train.seq_len
@@ -139,13 +171,36 @@ def bench_step(
         planned_memory_gib=plan.total / 2**30,
         compiled_memory_gib=_compiled(planned),
         where=where,
+        average=_average_bench(average, train.ema_every, timed) if average else None,
+    )
+
+
+def _average_bench(average: MovingAverage, every: int, timed: Sequence[float]) -> AverageBench | None:
+    average.wait()
+    if average.fold_seconds is None:
+        return None
+    return AverageBench(
+        every=every,
+        step_ms=1e3 * statistics.fmean(timed),
+        longest_wait_ms=1e3 * average.longest_wait,
+        fold_ms=1e3 * average.fold_seconds,
+        gb=average.nbytes / 1e9,
+        gb_per_second=average.nbytes / 1e9 / average.fold_seconds,
     )
 
 
 def time_steps(
-    step: TrainStep, state: TrainState, batches: Sequence[np.ndarray], *, steps: int, warmup: int
+    step: TrainStep,
+    state: TrainState,
+    batches: Sequence[np.ndarray],
+    *,
+    steps: int,
+    warmup: int,
+    follow: Callable[[TrainState, Metrics], None] | None = None,
 ) -> tuple[TrainState, list[float], list[Metrics]]:
     """Runs ``warmup + steps`` steps on batches that are cycled, one step in flight as in a run.
+
+    ``follow`` is called with what each step gave, before the next.
 
     Returns:
         The last state, the seconds between the ends of each two steps, and the metrics of every step.
@@ -155,6 +210,8 @@ def time_steps(
         if i < warmup + steps:
             state, metrics = step(state, batches[i % len(batches)])
             seen.append(metrics)
+            if follow is not None:
+                follow(state, metrics)
         if i:
             jax.block_until_ready(seen[i - 1]["loss"])
             ends.append(time.perf_counter())

@@ -44,7 +44,8 @@ def compiled_once():
 
 def test_a_bench_says_where_time_and_memory_go(preset, tmp_path, capsys):
     out = tmp_path / "bench.json"
-    assert main(["bench", "train", preset, "--steps", "2", "--warmup", "1", "--profiled", "2", "--json", str(out)]) == 0
+    words = ["--steps", "2", "--warmup", "1", "--profiled", "2", "--train.ema-decay", "0.9", "--train.ema-every", "2"]
+    assert main(["bench", "train", preset, *words, "--json", str(out)]) == 0
     facts = json.loads(out.read_text())
     assert sum(facts["memory_gib"].values()) == pytest.approx(facts["planned_memory_gib"])
     assert facts["step_ms_min"] <= facts["step_ms"] <= facts["step_ms_max"]
@@ -54,8 +55,13 @@ def test_a_bench_says_where_time_and_memory_go(preset, tmp_path, capsys):
     # XLA's own copies and loops are much of so small a model.
     assert kinds.get("not told apart", {"share": 0})["share"] < 0.5
     assert kinds["dense GEMM"]["tflops"] > 0
+    average = facts["average"]
+    assert average["gb"] == pytest.approx(4e-9 * facts["parameters"])
+    assert average["gb_per_second"] == pytest.approx(1e3 * average["gb"] / average["fold_ms"])
+    assert average["step_ms"] == pytest.approx(facts["step_ms"])  # Of two steps, mean and median are the same.
     printed = capsys.readouterr().out
     assert "sum, planned" in printed
+    assert "moving average, every 2 steps" in printed
     assert "kind of work" in printed
 
 
@@ -76,6 +82,10 @@ def test_a_profile_leaves_a_trace_to_open(preset, tmp_path, capsys):
         (["profile", "tiny"], "--out is missing"),
         (["profile", "tiny", "--out", "x", "--steps", "0"], "--steps = 0 must be at least 1"),
         (["bench", "train", "tiny", "--profiled", "-1"], "--profiled = -1 must not be negative"),
+        (
+            ["bench", "train", "tiny", "--steps", "3", "--train.ema-decay", "0.9", "--train.ema-every", "4"],
+            "--steps = 3 must be at least train.ema_every = 4",
+        ),
     ],
 )
 def test_mistakes_are_one_line(capsys, words, line):
