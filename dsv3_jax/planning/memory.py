@@ -205,12 +205,16 @@ def _plan(config: Config, sizes: dict[str, int], work: Work, micro_batches: int,
     # FP8 has a byte a number in each orientation, made once a step.
     cast = {"weights, cast": weights.codes + (2 * weights.cast if train.unroll or train.precision == "fp8" else 0)}
     if train.unroll:
-        # Of several micro-batches the sum of gradients is carried along, their own come layer by layer.
-        carried = {"gradients": whole["gradients"]} if micro_batches > 1 else {}
-        made = {"gradients of a micro-batch" if micro_batches > 1 else "gradients": 4 * weights.whole}
-        step |= cast | carried
-        step |= max(backward, made | layer_at_work(config, work), carried | update, key=size_of)
-        step = dict.fromkeys(("gathered weights", "parameters copied for the EMA", "gradients"), 0) | step
+        # Of several micro-batches the sum of gradients is carried along, their own come layer by layer; and the casts
+        # are read again. Of one, a layer's cast goes with its activations.
+        again = micro_batches > 1
+        carried = {"gradients": whole["gradients"]} if again else {}
+        made = {"gradients of a micro-batch" if again else "gradients": 4 * weights.whole}
+        late = cast if again else {}
+        step |= carried
+        step |= max(cast | backward, late | made | layer_at_work(config, work), late | carried | update, key=size_of)
+        first = ("gathered weights", "parameters copied for the EMA", "gradients", "weights, cast")
+        step = dict.fromkeys((name for name in first if name in step), 0) | step
     else:
         step |= cast | whole | max(backward, update, key=size_of)
     return MemoryPlan(sizes, work.tokens, micro_batches, train.remat, state, step, kept, host)
