@@ -17,6 +17,7 @@ from pallas_kernels.dispatch import AttentionImplementation
 
 CASES = {  # name: (B, T, N, H, W)
     "bench_3b": (4, 4096, 16, 192, 128),
+    "heads_32": (4, 4096, 32, 192, 128),
     "v3": (1, 4096, 128, 192, 128),
     "dense_llm": (4, 4096, 16, 128, 128),
 }
