@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Float32
 
@@ -184,7 +185,9 @@ class MovingAverage:
 
         def copies(shares: list[jax.Array]) -> list[jax.Array]:
             flat = [share.reshape(-1) for share in shares]
-            return [jnp.copy(part[at : at + _PIECE]) for part in flat for at in range(0, part.size, _PIECE)]
+            # Static bounds: an index of 32 bits does not reach the end of the largest.
+            cuts = [(part, at, min(at + _PIECE, part.size)) for part in flat for at in range(0, part.size, _PIECE)]
+            return [jnp.copy(lax.slice_in_dim(part, begin, end)) for part, begin, end in cuts]
 
         specs = [place.spec for place in self._places]
         mapped = jax.shard_map(
