@@ -51,7 +51,7 @@ class Block(nnx.Module):
         attended, cache = self.attention(normed, positions, cache, form)
         x = checkpoint_name(x + attended, "residual")
         if self.is_moe:
-            out, aux = self.moe(self.moe.prepare(x, self.ffn_norm), balance)
+            out, aux = self.moe(self.moe.prepare(x, self.ffn_norm), balance, serving=cache is not None)
         else:
             out, aux = self.ffn(self.ffn.prepare(x, self.ffn_norm)), None
         return x + out, aux, cache

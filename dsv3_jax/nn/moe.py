@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.nn import fp8
-from dsv3_jax.nn.experts import swiglu_experts
+from dsv3_jax.nn.experts import few_tokens_experts, swiglu_experts
 from dsv3_jax.nn.ffn import FeedForward
 from dsv3_jax.nn.fp8 import Quantized
 from dsv3_jax.nn.fp8_experts import expert_network, fp8_experts
@@ -17,6 +17,8 @@ from dsv3_jax.nn.linear import init_weight
 from dsv3_jax.nn.norm import RMSNorm
 from dsv3_jax.nn.router import Router, Routing, count_experts
 from pallas_kernels import dispatch
+from pallas_kernels.grouped_gemm.every_group_sm90 import MOST_ROWS
+from pallas_kernels.permute.plan import num_blocks_bound
 from sharding.expert_parallel import ExpertParallel, routed
 
 BalanceLoss = Callable[[Routing], Float[Array, ""]]
@@ -55,13 +57,16 @@ class MoE(nnx.Module):
         return fp8.normalize(x, norm.scale[...], norm.eps, power_of_two=True, with_output=True)
 
     def __call__(
-        self, x: Float[Array, "B T D"] | Quantized, balance: BalanceLoss | None = None
+        self, x: Float[Array, "B T D"] | Quantized, balance: BalanceLoss | None = None, *, serving: bool = False
     ) -> tuple[Float[Array, "B T D"], MoEAux]:
-        """Shared plus routed experts' output, and the routing record, its loss made by ``balance``."""
+        """Shared plus routed experts' output, and the routing record, its loss made by ``balance``.
+
+        With ``serving`` a few tokens go through the experts in a form for which no gradient is kept.
+        """
         if isinstance(self.gate_up.get_value(), fp8.FP8Weight) and not isinstance(x, Quantized):
             x = fp8.quantize(x, power_of_two=True)
         routing = self.router(x.source if isinstance(x, Quantized) else x)
-        out = self.routed(x, routing)
+        out = self.routed(x, routing, serving=serving)
         if self.config.n_shared_experts:
             out = out + self._shared(x)
         loss = balance(routing) if balance else jnp.zeros((), jnp.float32)
@@ -74,7 +79,9 @@ class MoE(nnx.Module):
         down: Any = self.shared.down.kernel.get_value()
         return expert_network(x, gate_up, down)
 
-    def routed(self, x: Float[Array, "B T D"] | Quantized, routing: Routing) -> Float[Array, "B T D"]:
+    def routed(
+        self, x: Float[Array, "B T D"] | Quantized, routing: Routing, *, serving: bool = False
+    ) -> Float[Array, "B T D"]:
         """Sum over a token's experts of gate value times expert output.
 
         Raises:
@@ -90,6 +97,13 @@ class MoE(nnx.Module):
         x_TD = source.reshape(-1, size)
         rows = x_TD.shape[0] * chosen
         in_fp8 = isinstance(x, Quantized)
+        block = fp8.ROWS if in_fp8 else block_rows(rows, local)
+        # Padded to whole blocks, few choices make as many rows as all experts have together.
+        few = x_TD.shape[0] <= MOST_ROWS and x_TD.shape[0] * local <= num_blocks_bound(rows, local, block) * block
+        if serving and few and not in_fp8 and self.placement.size == 1:
+            experts_TK, weights_TK = (of.reshape(-1, chosen) for of in (routing.experts, routing.weights))
+            params = (self.gate_up.get_value(), self.down.get_value())
+            return few_tokens_experts(params, x_TD, experts_TK, weights_TK).reshape(x.shape)
         # Tiles stay with one rank; between ranks rows travel in their own form.
         tokens = Quantized(x_TD, x.tiles, x.power_of_two) if in_fp8 and self.placement.size == 1 else x_TD
         out_TD = routed(
@@ -99,7 +113,7 @@ class MoE(nnx.Module):
             (self.gate_up.get_value(), self.down.get_value()),
             fp8_experts if in_fp8 else swiglu_experts,
             num_experts=experts,
-            block=fp8.ROWS if in_fp8 else block_rows(rows, local),
+            block=block,
             placement=self.placement,
         )
         return out_TD.reshape(x.shape)

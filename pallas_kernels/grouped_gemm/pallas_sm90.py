@@ -190,7 +190,7 @@ def _divided(dim_n: int, tiling: Tiling) -> int:
     return tiling.tile_n
 
 
-def _swizzled(dtype: Any) -> tuple[Any, Any]:
+def swizzled(dtype: Any) -> tuple[Any, Any]:
     """The layout of a shared-memory tile whose rows are cut into 128-byte pieces."""
     tiling = plgpu.TilingTransform((8, 128 // dtype.itemsize))  # pyright: ignore[reportAbstractUsage]
     return tiling, plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
@@ -311,9 +311,9 @@ def _persistent_product(
         body,
         out_type=out_type,
         scratch_types={
-            "a_smem": plgpu.SMEM((stages, *a_shape), dtype, transforms=_swizzled(dtype)),
-            "b_smem": plgpu.SMEM((stages, *b_shape), dtype, transforms=_swizzled(dtype)),
-            "out_smem": plgpu.SMEM(out_shape, out_dtype, transforms=_swizzled(out_dtype)),
+            "a_smem": plgpu.SMEM((stages, *a_shape), dtype, transforms=swizzled(dtype)),
+            "b_smem": plgpu.SMEM((stages, *b_shape), dtype, transforms=swizzled(dtype)),
+            "out_smem": plgpu.SMEM(out_shape, out_dtype, transforms=swizzled(out_dtype)),
             "full": plgpu.Barrier(num_arrivals=2, num_barriers=full_barriers),
             "empty": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         },

@@ -154,3 +154,17 @@ def test_compiled_work_of_forward_and_backward_is_at_most_twice_the_useful_work(
     assert useful <= matmul_flops(step, *arguments) <= 2 * useful
     compiled = jax.jit(step).lower(*arguments).compile().cost_analysis()
     assert compiled["flops"] <= 2 * useful
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_served_tokens_get_what_trained_ones_get_in_either_form_for_few_of_them(tokens):
+    more = {"n_group": 1, "topk_group": 1, "n_routed_experts": 32, "num_experts_per_tok": 3}
+    layer = layer_of(micro.config(micro.V3 | more).model)
+    x = jnp.asarray(draw(layer.config, batch=tokens, tokens=1))
+
+    def served(x):
+        return layer(x, serving=True)[0]
+
+    assert_close(jax.jit(served)(x), apply(layer, x)[0], tolerance=1e-5)
+    assert " sort[" in str(jax.make_jaxpr(lambda x: layer(x)[0])(x))
+    assert " sort[" not in str(jax.make_jaxpr(served)(x))
