@@ -1,6 +1,6 @@
 """Times the norm with quantized output, and its backward, on the models' shapes, beside a plain copy of as many bytes.
 
-    python -m pallas_kernels.norm_quantize.bench [--json FILE] [--quick] [--case NAME ...] [--seconds LIMIT] [--tune]
+    python -m pallas_kernels.norm_quantize.bench [--json FILE] [--quick] [--case NAME ...] [--seconds LIMIT]
 
 GB/s counts what must be read and written once. "norm, then quantize" is XLA's norm and the quantizer's own kernel.
 """
@@ -24,7 +24,7 @@ def _in_two_steps(x: Array, weight: Array) -> Tiles:
     return quantizer.quantize_rows(y)
 
 
-def run(bench: memory_bench.MemoryBench, case: cases.Case, tune: bool) -> None:
+def run(bench: memory_bench.MemoryBench, case: cases.Case) -> None:
     """All implementations on one shape."""
     keys = jax.random.split(jax.random.key(0), 3)
     x, dy = (jax.random.normal(key, case.shape, jnp.bfloat16) for key in keys[:2])
@@ -36,19 +36,9 @@ def run(bench: memory_bench.MemoryBench, case: cases.Case, tune: bool) -> None:
         portable = functools.partial(reference.norm_quantize, eps=EPS, with_output=with_output)
         expected = jax.jit(portable)(x, weight)
         baseline = bench.measure(case.name, operation, "xla", portable, (x, weight), moved_bytes=moved)
-        for chunk in (8, 4, 14) if tune else (8,):
-            kernel = functools.partial(pallas_sm90.norm_quantize, eps=EPS, with_output=with_output, chunk=chunk)
-            bench.measure(
-                case.name,
-                operation,
-                f"pallas c{chunk}",
-                kernel,
-                (x, weight),
-                moved_bytes=moved,
-                expected=expected,
-                against=baseline,
-                sustained=chunk == 8,
-            )
+        kernel = functools.partial(pallas_sm90.norm_quantize, eps=EPS, with_output=with_output)
+        inputs, compared = (x, weight), {"moved_bytes": moved, "expected": expected, "against": baseline}
+        bench.measure(case.name, operation, "pallas", kernel, inputs, **compared, sustained=True)
         if not with_output:
             bench.measure(case.name, operation, "two steps", _in_two_steps, (x, weight), moved_bytes=moved)
     backward = functools.partial(reference.norm_backward, eps=EPS)
@@ -61,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     bench = memory_bench.MemoryBench(options.json, options.seconds)
     for case in cases.BENCHED[: 1 if options.quick else None]:
         if not options.case or case.name in options.case:
-            bench.guard(f"norm_quantize {case.name}", functools.partial(run, bench, case, options.tune))
+            bench.guard(f"norm_quantize {case.name}", functools.partial(run, bench, case))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The Hopper kernel (Mosaic GPU): a warp normalizes and quantizes a row, read from memory once.
 
-The row passes twice, first for its mean square, then, from the cache that it is still in, for the tiles. Half a warp
-holds a tile, so that neither pass needs more than exchanges inside a warp.
+The whole row is in registers, in 16 bits, from the mean square on: rows that are being normalized on all SMs together
+are more than the cache holds. Half a warp holds a tile, so that nothing is needed but exchanges inside a warp, and none
+of the barriers that Pallas would put before and after every store: nobody reads here what another thread has written.
 """
 
 from typing import Any
@@ -14,14 +15,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import varying
 from pallas_kernels.quantize import pallas_sm90 as quantizer
-from pallas_kernels.quantize.reference import TILE, Tiles, round_to
+from pallas_kernels.quantize.reference import TILE, Tiles
+from pallas_kernels.quantize.registers import hide_16, round_16
 from pallas_kernels.quantize.tile_loop import tiles_of
 
 BLOCK = 4
 """Rows of a thread block."""
 
-CHUNK = 8
-"""Most tiles of a row that are in registers at once."""
+MOST_TILES = 64
+"""Of a row: what a thread's registers hold."""
 
 ROWS_OF_TILES = plgpu.Layout.TILED(
     plgpu.Tiling(((BLOCK, 2, TILE), (8,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
@@ -35,6 +37,8 @@ def obstacle(x_MK: Array) -> str | None:
         return why
     if x_MK.shape[1] % (2 * TILE):
         return f"K must be a multiple of {2 * TILE}, got {x_MK.shape[1]}"
+    if x_MK.shape[1] > MOST_TILES * TILE:
+        return f"K must be at most {MOST_TILES * TILE}, got {x_MK.shape[1]}"
     return None
 
 
@@ -45,38 +49,31 @@ def norm_quantize(
     power_of_two: bool = False,
     with_output: bool = False,
     *,
-    chunk: int = CHUNK,
     interpret: Any = None,
 ) -> tuple[Tiles, Array | None]:
     """See ``reference.norm_quantize``."""
     rows, dim_k = x_MK.shape
     k_tiles = dim_k // TILE
-    chunk = max(size for size in range(2, chunk + 1, 2) if k_tiles % size == 0)
-    shape = (BLOCK, chunk, TILE)
+    shape = (BLOCK, 2, TILE)
     dtype = x_MK.dtype
 
     def body(x_ref: Any, weight_ref: Any, q_ref: Any, scale_ref: Any, *y_refs: Any) -> None:
         here_m = pl.ds(lax.axis_index("rows") * BLOCK, BLOCK)
+        pairs = [pl.ds(first, 2) for first in range(0, k_tiles, 2)]
+        row = [plgpu.load(x_ref.at[here_m, here_k], layout=ROWS_OF_TILES, optimized=False) for here_k in pairs]
 
-        def load(step: Any) -> Array:
-            x = plgpu.load(x_ref.at[here_m, pl.ds(step * chunk, chunk)], layout=ROWS_OF_TILES, optimized=False)
-            return x.astype(jnp.float32)
+        squares = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), ROWS_OF_TILES)
+        for x in (part.astype(jnp.float32) for part in row):
+            squares += x * x
+        mean = jnp.sum(jnp.sum(squares, axis=2), axis=1) * (1.0 / dim_k)
+        inverse = lax.broadcast_in_dim(lax.rsqrt(mean + eps), shape, [0])
 
-        def add_squares(step: Any, total: Array) -> Array:
-            x = load(step)
-            return total + jnp.sum(x * x, axis=1)
-
-        zeros = plgpu.layout_cast(jnp.zeros((BLOCK, TILE), jnp.float32), ROWS_OF_TILES.reduce(1))
-        squares = jnp.sum(lax.fori_loop(0, k_tiles // chunk, add_squares, zeros), axis=1)
-        inverse = lax.rsqrt(squares * (1.0 / dim_k) + eps)
-
-        @pl.loop(0, k_tiles // chunk)
-        def _(step: Any) -> None:
-            here_k = pl.ds(step * chunk, chunk)
+        for here_k, x in zip(pairs, row, strict=True):
             weight = plgpu.load(weight_ref.at[here_k], layout=ROWS_OF_TILES.reduce(0), optimized=False)
-            y = load(step) * lax.broadcast_in_dim(inverse, shape, [0]) * lax.broadcast_in_dim(weight, shape, [1, 2])
-            rounded = y.astype(dtype)
-            y = round_to(y, dtype) if interpret else rounded.astype(jnp.float32)
+            x32 = hide_16(x, layout=ROWS_OF_TILES, interpret=interpret).astype(jnp.float32)
+            y = x32 * inverse * lax.broadcast_in_dim(weight, shape, [1, 2])
+            rounded = round_16(y, dtype, layout=ROWS_OF_TILES, interpret=interpret)
+            y = rounded.astype(jnp.float32)
             scale = quantizer.scale_of(jnp.max(jnp.abs(y), axis=2), power_of_two, interpret, ROWS_OF_TILES.reduce(2))
             q = quantizer.encode(y, scale, layout=ROWS_OF_TILES, power_of_two=power_of_two, interpret=interpret)
             q_ref[here_m, here_k] = q
@@ -94,6 +91,7 @@ def norm_quantize(
         out_type=out_type + [jax.ShapeDtypeStruct((rows, k_tiles, TILE), dtype)] * with_output,
         grid=(rows // BLOCK,),
         grid_names=("rows",),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
     )
     weight_BT = weight_K.astype(jnp.float32).reshape(k_tiles, TILE)

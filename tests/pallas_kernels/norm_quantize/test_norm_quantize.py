@@ -72,7 +72,7 @@ def test_only_the_input_and_the_weight_are_kept():
 def test_the_kernel_in_the_interpreter_equals_the_definition_without_a_race():
     x, weight = (a[:8] if a.ndim == 2 else a for a in arrays_of(cases.SMALL[1]))
     params = plgpu.InterpretGPUParams(detect_races=True)
-    got = pallas_sm90.norm_quantize(x, weight, EPS, False, True, chunk=2, interpret=params)
+    got = pallas_sm90.norm_quantize(x, weight, EPS, False, True, interpret=params)
     check_nearly_equal(
         jax.block_until_ready(got),
         jax.jit(reference.norm_quantize, static_argnums=(2, 3, 4))(x, weight, EPS, False, True),
@@ -88,10 +88,11 @@ def test_the_kernel_lowers_for_hopper(monkeypatch, case):
     assert "mosaic_gpu" in run.trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_what_the_kernel_cannot_do_is_named(monkeypatch):
+@pytest.mark.parametrize(("dim_k", "message"), [(128, "a multiple of 256, got 128"), (8448, "at most 8192, got 8448")])
+def test_what_the_kernel_cannot_do_is_named(monkeypatch, dim_k, message):
     monkeypatch.setattr(dispatch, "hopper_obstacle", lambda: None)
-    with pytest.raises(ValueError, match="K must be a multiple of 256, got 128"):
-        norm_quantize(jnp.zeros((128, 128), jnp.bfloat16), jnp.ones(128), eps=EPS, implementation="pallas")
+    with pytest.raises(ValueError, match=f"K must be {message}"):
+        norm_quantize(jnp.zeros((128, dim_k), jnp.bfloat16), jnp.ones(dim_k), eps=EPS, implementation="pallas")
 
 
 @pytest.mark.gpu
@@ -113,7 +114,7 @@ def test_no_kernel_spills_registers():
     program = (
         "import jax, jax.numpy as jnp\n"
         "from pallas_kernels.norm_quantize import pallas_sm90 as p\n"
-        "x, w = jnp.zeros((256, 2048), jnp.bfloat16), jnp.ones(2048)\n"
+        "x, w = jnp.zeros((128, 8192), jnp.bfloat16), jnp.ones(8192)\n"
         "for power_of_two in (False, True):\n"
         "    for with_output in (False, True):\n"
         "        jax.block_until_ready(p.norm_quantize(x, w, 1e-6, power_of_two, with_output))\n"
