@@ -20,9 +20,11 @@ from dsv3_jax.inference.speculation import no_drafts
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.nn.mla import AttentionForm
 
-_FEWEST_TOKENS = 16
+_FEWEST_TOKENS = 32
 _SHORT = 256
-"""Tokens up to which all sequences are treated as equally long."""
+"""Tokens up to which all sequences are treated as equally long by the program that reads."""
+_SHORT_WRITING = 1024
+"""By the one that writes: it reads latents as they are, and on a GPU only those that there are."""
 _STEP = 4
 """Each bucket is so many times the one below it."""
 
@@ -50,8 +52,13 @@ class Shapes:
 
     @property
     def tables(self) -> list[int]:
-        """Sizes that a table of pages is rounded up to."""
+        """Sizes that a table of pages is rounded up to for reading."""
         return buckets(max(1, _SHORT // self.page_size), self.max_pages)
+
+    @property
+    def writing_tables(self) -> list[int]:
+        """Sizes that it is rounded up to for writing."""
+        return buckets(max(1, _SHORT_WRITING // self.page_size), self.max_pages)
 
     @property
     def chunks(self) -> list[int]:
@@ -97,7 +104,7 @@ class Runner:
                 piece = chunk.sequence.tokens[chunk.start : min(chunk.start + size, chunk.stop) + 1]
                 tokens[row, : len(piece)] = piece
                 start[row] = chunk.start
-            table = self._table([chunk.sequence for chunk in group], batch)
+            table = _table([chunk.sequence for chunk in group], batch, self.shapes.tables)
             self._read(tokens, start, table)
 
     def write(self, sequences: Sequence[requests.Sequence], turns: int) -> Written:
@@ -108,7 +115,8 @@ class Runner:
         if any(sequence.sampling.penalized for sequence in sequences):
             history = _history(sequences, batch, self.shapes)
         telling = any(sequence.sampling.logprobs is not None for sequence in sequences)
-        return self._write(self._table(sequences, batch), rows, settings, history, telling, turns)
+        table = _table(sequences, batch, self.shapes.writing_tables)
+        return self._write(table, rows, settings, history, telling, turns)
 
     def compile(self) -> int:
         """Compile every program that requests without penalties and log-probabilities come to need; how many."""
@@ -116,13 +124,15 @@ class Runner:
         for batch in self.shapes.batches:
             rows, settings = _rows([], batch, self.shapes.max_batch)
             warm = settings._replace(temperature=settings.temperature + 1)
+            for width in self.shapes.writing_tables:
+                for chosen in (settings, warm):
+                    self._write(np.zeros((batch, width), np.int32), rows, chosen, None, False, 0)
+                    count += 1
             for width in self.shapes.tables:
                 table = np.zeros((batch, width), np.int32)
-                for chosen in (settings, warm):
-                    self._write(table, rows, chosen, None, False, 0)
                 for size in self.shapes.chunks:
                     self._read(np.zeros((batch, size + 1), np.int32), np.zeros(batch, np.int32), table)
-                count += 2 + len(self.shapes.chunks)
+                    count += 1
         return count
 
     def save_drafts(self, slot: int) -> tuple[jax.Array, ...]:
@@ -175,12 +185,13 @@ class Runner:
         )
         return cast(Written, jax.device_get(written))
 
-    def _table(self, sequences: Sequence[requests.Sequence], batch: int) -> np.ndarray:
-        widest = max(len(sequence.pages) for sequence in sequences)
-        table = np.zeros((batch, fitting(self.shapes.tables, widest)), np.int32)
-        for row, sequence in enumerate(sequences):
-            table[row, : len(sequence.pages)] = sequence.pages
-        return table
+
+def _table(sequences: Sequence[requests.Sequence], batch: int, sizes: Sequence[int]) -> np.ndarray:
+    widest = max(len(sequence.pages) for sequence in sequences)
+    table = np.zeros((batch, fitting(sizes, widest)), np.int32)
+    for row, sequence in enumerate(sequences):
+        table[row, : len(sequence.pages)] = sequence.pages
+    return table
 
 
 class _Row(NamedTuple):
@@ -213,7 +224,7 @@ def _columns(lines: Sequence[Sequence[Any]], kinds: Sequence[Any]) -> list[Any]:
 
 
 def _history(sequences: Sequence[requests.Sequence], batch: int, shapes: Shapes) -> History:
-    size = fitting(shapes.tables, max(len(sequence.pages) for sequence in sequences)) * shapes.page_size
+    size = fitting(shapes.writing_tables, max(len(sequence.pages) for sequence in sequences)) * shapes.page_size
     tokens = np.zeros((batch, size), np.int32)
     prompt = np.zeros(batch, np.int32)
     chosen = np.tile(np.array([0, 0, 1], np.float32), (batch, 1))

@@ -87,15 +87,16 @@ def make_plan(idx_TK: Int[Array, "T K"], num_experts: int, block: int, most_pair
     expert_P = idx_TK.reshape(-1).astype(jnp.int32)
 
     order_P = jnp.argsort(expert_P, stable=True).astype(jnp.int32)
-    first_of_expert = jnp.searchsorted(expert_P[order_P], jnp.arange(num_experts + 1, dtype=jnp.int32))
-    first_of_expert = first_of_expert.astype(jnp.int32)
+    # Counted, not searched for: on a GPU every step of a search is several launches, each of a few microseconds.
+    experts = jnp.arange(num_experts + 1, dtype=jnp.int32)
+    first_of_expert = jnp.sum(expert_P < experts[:, None], axis=1, dtype=jnp.int32)
     start_E, counts_E = first_of_expert[:-1], jnp.diff(first_of_expert)
 
     blocks_E = -(-counts_E // block)
     block_end_E = jnp.cumsum(blocks_E)
     row_start_E = (block_end_E - blocks_E) * block
     block_ids = jnp.arange(num_blocks_max, dtype=jnp.int32)
-    group_of_block = jnp.searchsorted(block_end_E, block_ids, side="right").astype(jnp.int32)
+    group_of_block = jnp.sum(block_end_E <= block_ids[:, None], axis=1, dtype=jnp.int32)
     group_of_block = jnp.minimum(group_of_block, num_experts - 1)
 
     row_M = jnp.arange(num_rows, dtype=jnp.int32)
