@@ -10,9 +10,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import dispatch
 from pallas_kernels.quantize import cases, e5m6, e5m6_sm90, op, pallas_sm90, reference
 from pallas_kernels.quantize.tile_loop import Tiling
-from pallas_kernels.testing import spilled_bytes
 
 OF_ACTIVATIONS = ("quantize_rows", "quantize_columns", "quantize_both")
+FULL_SIZE = [case for case in cases.BENCHED if case.name in ("bench_3b", "v3", "bench_3b_up", "bench_3b_down", "v3_up")]
+"""Of those with the same columns one; the bench compares the bits of all."""
 SPOILED = ("none", "inf", "nan")
 RACES = plgpu.InterpretGPUParams(detect_races=True)
 
@@ -143,7 +144,7 @@ def test_the_corrected_product_is_the_true_quotient_for_every_bfloat16_and_many_
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", cases.BENCHED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", FULL_SIZE, ids=lambda case: case.name)
 def test_bits_at_the_benched_shapes_equal_the_definition(case):
     weights = case in cases.WEIGHTS
     x = jax.random.normal(jax.random.key(0), case.shape, jnp.float32 if weights else jnp.bfloat16)
@@ -156,23 +157,3 @@ def test_bits_at_the_benched_shapes_equal_the_definition(case):
     for name in ("quantize_weight",) if weights else OF_ACTIVATIONS:
         got, expected = (jax.jit(getattr(module, name))(x) for module in (pallas_sm90, reference))
         assert jax.jit(equal)(got, expected), name
-
-
-@pytest.mark.gpu
-def test_no_kernel_spills_registers():
-    program = (
-        "import jax, jax.numpy as jnp\n"
-        "from pallas_kernels.quantize import e5m6_sm90, pallas_sm90 as p\n"
-        "x = jnp.zeros((256, 256), jnp.bfloat16)\n"
-        "jax.block_until_ready(e5m6_sm90.quantize_and_pack(x))\n"
-        "for power_of_two in (False, True):\n"
-        "    both = jax.block_until_ready(p.quantize_both(x, power_of_two))\n"
-        "    jax.block_until_ready(p.quantize_rows(x, power_of_two))\n"
-        "    jax.block_until_ready(p.quantize_columns(x, power_of_two))\n"
-        "    jax.block_until_ready(p.requantize_columns(*both[0], power_of_two))\n"
-        "    jax.block_until_ready(p.quantize_weight(x[None], power_of_two))\n"
-        "    jax.block_until_ready(p.quantize_weight(x[None].astype(jnp.float32), power_of_two))\n"
-    )
-    spilled = spilled_bytes(program)
-    assert len(spilled) >= 13
-    assert not any(spilled), spilled
