@@ -22,6 +22,9 @@ from pallas_kernels.quantize.tile_loop import tiles_of
 BLOCK = 4
 """Rows of a thread block."""
 
+CHUNK = 4
+"""Most tiles of a row that an operation takes: more take more registers, fewer make a program slow to compile."""
+
 MOST_TILES = 64
 """Of a row: what a thread's registers hold."""
 
@@ -54,13 +57,14 @@ def norm_quantize(
     """See ``reference.norm_quantize``."""
     rows, dim_k = x_MK.shape
     k_tiles = dim_k // TILE
-    shape = (BLOCK, 2, TILE)
+    chunk = max(size for size in range(2, CHUNK + 1, 2) if k_tiles % size == 0)
+    shape = (BLOCK, chunk, TILE)
     dtype = x_MK.dtype
 
     def body(x_ref: Any, weight_ref: Any, q_ref: Any, scale_ref: Any, *y_refs: Any) -> None:
         here_m = pl.ds(lax.axis_index("rows") * BLOCK, BLOCK)
-        pairs = [pl.ds(first, 2) for first in range(0, k_tiles, 2)]
-        row = [plgpu.load(x_ref.at[here_m, here_k], layout=ROWS_OF_TILES, optimized=False) for here_k in pairs]
+        parts = [pl.ds(first, chunk) for first in range(0, k_tiles, chunk)]
+        row = [plgpu.load(x_ref.at[here_m, here_k], layout=ROWS_OF_TILES, optimized=False) for here_k in parts]
 
         squares = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), ROWS_OF_TILES)
         for x in (part.astype(jnp.float32) for part in row):
@@ -68,7 +72,7 @@ def norm_quantize(
         mean = jnp.sum(jnp.sum(squares, axis=2), axis=1) * (1.0 / dim_k)
         inverse = lax.broadcast_in_dim(lax.rsqrt(mean + eps), shape, [0])
 
-        for here_k, x in zip(pairs, row, strict=True):
+        for here_k, x in zip(parts, row, strict=True):
             weight = plgpu.load(weight_ref.at[here_k], layout=ROWS_OF_TILES.reduce(0), optimized=False)
             x32 = hide_16(x, layout=ROWS_OF_TILES, interpret=interpret).astype(jnp.float32)
             y = x32 * inverse * lax.broadcast_in_dim(weight, shape, [1, 2])
