@@ -1,13 +1,14 @@
 """Times attention over pages at the shapes of FlashMLA's table, against its figures and the XLA path.
 
-    python -m pallas_kernels.paged_attention.bench [--json FILE] [--quick] [--case PART ...] [--seconds N] [--no-xla]
+    python -m pallas_kernels.paged_attention.bench [--json FILE] [--quick] [--case PART ...] [--seconds N]
+                                                   [--alone] [--xla]
 
 Cold is CUPTI's time of the main kernel after a rest with inputs out of the cache, and behind it that of the kernel
 which combines; sustained is a whole call among 150 ms of calls back to back that rotate over 200 MB of inputs, with a
 schedule made before, as the peer's is and as the layers of a model share one. ``alone``: with a schedule of its own.
 GB/s counts queries, cache and output once, FLOPs all heads' two products over every token. ``peer``: FlashMLA's time
-over ours on an H200, above 1 is faster. ``xla``: the portable path's sustained time over ours. ``shared``: two thread
-blocks fetch the keys they both need once.
+over ours on an H200, above 1 is faster. ``xla``: the portable path's sustained time over ours. ``alone`` and ``xla`` need
+programs of their own, seconds a row to compile, and are left out unless asked for.
 """
 
 import functools
@@ -68,17 +69,20 @@ def operands_of(case: Case, key: Array) -> Operands:
         table[row, :count] = order[start : start + count]
     batch = (len(counts), case.queries, case.heads)
     pages = (sum(counts), case.page)
-    shapes = [(*batch, case.latent), (*batch, case.rope), (*pages, case.latent), (*pages, case.rope)]
-    floats = [
-        jax.random.normal(k, shape, jnp.bfloat16) for k, shape in zip(jax.random.split(key, 4), shapes, strict=True)
-    ]
-    return *floats, jnp.asarray(table), jnp.asarray(case.lengths, jnp.int32) - case.queries
+    shapes = ((*batch, case.latent), (*batch, case.rope), (*pages, case.latent), (*pages, case.rope))
+    return *_normal(key, shapes), jnp.asarray(table), jnp.asarray(case.lengths, jnp.int32) - case.queries
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _normal(key: Array, shapes: tuple[tuple[int, ...], ...]) -> list[Array]:
+    keys = jax.random.split(key, len(shapes))
+    return [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)]
 
 
 class Bench(bench_table.Rows):
     """Measures cases."""
 
-    def run(self, case: Case, peer: tuple[float, float] | None, *, share: bool, with_xla: bool) -> None:
+    def run(self, case: Case, peer: tuple[float, float] | None, *, with_alone: bool, with_xla: bool) -> None:
         """One line: ours, against the peer and the portable path."""
         moved = case.bytes()
         floor_us = max(case.flops / 1e9, moved / 4.2e6)
@@ -87,18 +91,17 @@ class Bench(bench_table.Rows):
         sets = [first] + [operands_of(case, jax.random.key(i)) for i in range(1, count)]
         planned = [(*operands, *jax.jit(_plan)(operands)) for operands in sets]
         outs = [jnp.zeros(first[0].shape, jnp.bfloat16) for _ in sets]
-        row: dict[str, Any] = {"case": case.name + " shared" * share}
-        kernel = functools.partial(_kernel, share=share)
-        one = jax.jit(kernel)
+        row: dict[str, Any] = {"case": case.name}
+        one = jax.jit(_kernel)
         once = jax.jit(lambda sets, _: [one(operands, None) for operands in sets])
         row["error"] = self._error(once(planned, None)[0], first)
         for entry, name in (("us", "mla_decode"), ("combine_us", "mla_combine")):
             times = [timing.burst(once, planned, None, name)[0] for _ in range(max(1, 5 // count))]
             row[entry] = float(np.median(times))
-        looped = timing.loop(kernel, planned, outs, False, floor_us)
+        looped = timing.loop(_kernel, planned, outs, False, floor_us)
         row["copies"] = len(re.findall(r"= bf16\[[\d,]{5,}\]\S* copy\(", looped[0].as_text()))
         row["sustained_us"], outs = timing.sustained(looped, planned, outs)
-        if not share:
+        if with_alone:
             alone = timing.loop(_call("pallas"), sets, outs, False, floor_us)
             row["alone_us"], outs = timing.sustained(alone, sets, outs)
         for prefix in ("", "sustained_"):
@@ -127,10 +130,10 @@ def _plan(operands: Operands) -> schedule.Schedule:
     return pallas_sm90.plan(q_BTNC, latent_PSC, table_BX, first_B)
 
 
-def _kernel(operands: Operands, _: Array | None, *, share: bool) -> Array:
+def _kernel(operands: Operands, _: Array | None) -> Array:
     q, q_rope, latents, keys, table, first, start, work = operands
     planned = schedule.Schedule(start, work)
-    return pallas_sm90.paged_attention(q, q_rope, latents, keys, table, first, planned, scale=_SCALE, share=share)
+    return pallas_sm90.paged_attention(q, q_rope, latents, keys, table, first, planned, scale=_SCALE)
 
 
 def _call(implementation: Implementation) -> timing.Call:
@@ -156,15 +159,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = bench_table.parser(__doc__)
     parser.add_argument("--case", nargs="+", help="only cases whose name holds one of these")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after this long")
-    parser.add_argument("--no-xla", action="store_true", help="leave the portable path out")
+    parser.add_argument("--alone", action="store_true", help="also time a call that makes its own schedule")
+    parser.add_argument("--xla", action="store_true", help="also time the portable path")
     options = parser.parse_args(arguments)
     bench = Bench(options.json, options.seconds)
     for case, peer in list(benched().items())[: QUICK if options.quick else None]:
         if options.case and not any(part in case.name for part in options.case):
             continue
-        for share in (False, True) if case.queries * case.heads % 128 == 0 else (False,):
-            with_xla = not (share or options.no_xla)
-            bench.guard(case.name, functools.partial(bench.run, case, peer, share=share, with_xla=with_xla))
+        run = functools.partial(bench.run, case, peer, with_alone=options.alone, with_xla=options.xla)
+        bench.guard(case.name, run)
 
 
 if __name__ == "__main__":

@@ -74,21 +74,14 @@ def paged_attention(
     schedule: Schedule | None = None,
     *,
     scale: float,
-    share: bool = False,
     sm_count: int = dispatch.HOPPER_SM_COUNT,
     interpret: Any = None,
 ) -> Array:
     """As :func:`pallas_kernels.paged_attention.op.paged_attention`, of what :func:`obstacle` finds nothing against.
 
-    ``schedule`` is :func:`plan`'s; without one it is made here. With ``share`` two thread blocks with the same keys
-    fetch them once (a cluster with TMA multicast).
-
-    Raises:
-        ValueError: ``share`` where the tiles of 64 rows are not even in number.
+    ``schedule`` is :func:`plan`'s; without one it is made here.
     """
     batch, queries, heads, dim = q_BTNC.shape
-    if share and _tiles_of(q_BTNC) % 2:
-        raise ValueError(f"paged_attention: {_tiles_of(q_BTNC)} tiles of {queries * heads} rows cannot share in pairs")
     rows = queries * heads
     spare = ((0, 0), (0, -rows % (8 if rows <= TILE else TILE)), (0, 0))
     q_BMC, q_BMR = (jnp.pad(q.reshape(batch, rows, -1), spare) for q in (q_BTNC, q_BTNR))
@@ -102,7 +95,6 @@ def paged_attention(
         blocks_of_page=latent_PSC.shape[1] // BLOCK,
         scale=scale,
         tiles=_tiles_of(q_BTNC),
-        cluster=2 if share else 1,
         interpret=interpret,
     )
     out_BMC, sums, stats = attend(*(varying.like(operand, *operands) for operand in operands))
@@ -135,7 +127,6 @@ def _attend(
     blocks_of_page: int,
     scale: float,
     tiles: int,
-    cluster: int,
     interpret: Any,
 ) -> tuple[Array, Array, Array]:
     """The output where a sequence is whole in a part, and the pieces: see :func:`combine_sm90.combine`."""
@@ -170,8 +161,6 @@ def _attend(
         met: Any,
     ) -> None:
         warpgroup, sm = lax.axis_index("warpgroup"), lax.axis_index("sm")
-        if cluster > 1:
-            sm = sm * cluster + lax.axis_index("cluster")
         part, tile = lax.div(sm, tiles), lax.rem(sm, tiles)
         my_rows = pl.ds(tile * TILE, tile_rows)
 
@@ -190,9 +179,6 @@ def _attend(
         def _copy() -> None:
             plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
 
-            together = "cluster" if cluster > 1 else None
-            copy = functools.partial(plgpu.copy_gmem_to_smem, collective_axes=together)
-
             def copy_queries(b: Any) -> None:
                 plgpu.barrier_wait(q_empty)
                 for i in range(4):
@@ -207,10 +193,10 @@ def _attend(
                     page = table_ref[b, lax.div(j, blocks_of_page)] * blocks_of_page + lax.rem(j, blocks_of_page)
                     plgpu.barrier_wait(empty.at[2 * slot])
                     near, far = (latent_ref.at[page, :, pl.ds(side * half, half)] for side in range(2))
-                    copy(near, latent_smem.at[slot, 0], near_full.at[slot])
+                    plgpu.copy_gmem_to_smem(near, latent_smem.at[slot, 0], near_full.at[slot])
                     plgpu.barrier_wait(empty.at[2 * slot + 1])
-                    copy(far, latent_smem.at[slot, 1], far_full.at[slot])
-                    copy(key_ref.at[page], rope_smem.at[slot], far_full.at[slot])
+                    plgpu.copy_gmem_to_smem(far, latent_smem.at[slot, 1], far_full.at[slot])
+                    plgpu.copy_gmem_to_smem(key_ref.at[page], rope_smem.at[slot], far_full.at[slot])
                     pl.when(j == jnp.minimum(begin + 1, end - 1))(lambda: copy_queries(b))
                     return 1 - slot
 
@@ -355,9 +341,6 @@ def _attend(
     def tile_smem(*shape: int) -> Any:
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=_swizzled())
 
-    empty_type: Any = plgpu.Barrier
-    if cluster > 1:
-        empty_type = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
     kernel = plgpu.kernel(
         mla_decode,
         out_type=(
@@ -375,14 +358,12 @@ def _attend(
             "q_empty": plgpu.Barrier(num_arrivals=_MATH_WARPGROUPS),
             "near_full": plgpu.Barrier(num_arrivals=1, num_barriers=_SLOTS),
             "far_full": plgpu.Barrier(num_arrivals=2, num_barriers=_SLOTS),
-            "empty": empty_type(num_arrivals=1, num_barriers=2 * _SLOTS),
+            "empty": plgpu.Barrier(num_arrivals=1, num_barriers=2 * _SLOTS),
             "ready": plgpu.Barrier(num_arrivals=1, num_barriers=_SLOTS),
             "met": plgpu.Barrier(num_arrivals=_MATH_WARPGROUPS),
         },
-        grid=(parts * tiles // cluster,),
+        grid=(parts * tiles,),
         grid_names=("sm",),
-        cluster=(cluster,),
-        cluster_names=("cluster",),
         num_threads=_MATH_WARPGROUPS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
