@@ -7,8 +7,8 @@ Cold is CUPTI's time of the main kernel after a rest with inputs out of the cach
 which combines; sustained is a whole call among 150 ms of calls back to back that rotate over 200 MB of inputs, with a
 schedule made before, as the peer's is and as the layers of a model share one. ``alone``: with a schedule of its own.
 GB/s counts queries, cache and output once, FLOPs all heads' two products over every token. ``peer``: FlashMLA's time
-over ours on an H200, above 1 is faster. ``xla``: the portable path's sustained time over ours. ``alone`` and ``xla`` need
-programs of their own, seconds a row to compile, and are left out unless asked for.
+over ours on an H200, above 1 is faster. ``xla``: the portable path's sustained time over ours. ``alone`` and ``xla``
+need programs of their own, seconds a row to compile, and are left out unless asked for.
 """
 
 import functools
