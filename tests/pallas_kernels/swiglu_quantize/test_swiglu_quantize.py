@@ -128,7 +128,7 @@ def test_the_backward_kernel_in_the_interpreter_equals_the_definition_without_a_
     dout = jnp.asarray(cases.SMALL[1].array(1)[:, :128], jnp.bfloat16)
     weight = weights_of(len(dout), weighted)
     params = plgpu.InterpretGPUParams(detect_races=True)
-    kernel = functools.partial(backward_sm90.swiglu_backward_quantize, chunk=64, interpret=params)
+    kernel = functools.partial(backward_sm90.swiglu_backward_quantize, chunk=32, interpret=params)
     got = jax.block_until_ready(kernel(stored, dout, weight))
     check_gradients_nearly_equal(got, jax.jit(swiglu_backward_quantize)(stored, dout, weight))
     assert not gpu_callbacks.get_races().races_found
