@@ -63,7 +63,8 @@ class Apart:
     """
 
     def __init__(self, held: int, slots: int, least: int):
-        self._firsts, self._all, self._some = range(0, held, slots), range(least), range(least, slots)
+        self._held, self._firsts = held, range(0, held, slots)
+        self._all, self._some = range(least), range(least, slots)
 
     def up(self, step: Step, of: Pass, carry: Any) -> Any:
         """Through all layers."""
@@ -113,7 +114,8 @@ class Apart:
 
     def _one_by_one(self, step: Step, of: Pass, first: int, layers: range, carry: Any) -> Any:
         for i in layers:
-            carry = self._together(step, of, first, range(i, i + 1), of.layers > i, carry)
+            if first + i < self._held:  # Without a mesh of stages there is no room behind the last one's layers.
+                carry = self._together(step, of, first, range(i, i + 1), of.layers > i, carry)
         return carry
 
 
