@@ -26,7 +26,8 @@ class Options:
     profiled: int = 3
     """Further steps under the profiler, for the table of where a step goes; 0 leaves it out."""
     json: str = ""
-    """File that the figures are written to as one JSON object; '-' prints the object alone."""
+    """File that the figures, with a profiled step's longest operations, are written to as one JSON object; '-' prints
+    the object alone."""
     compile_cache: str = ""
     """Folder that compiled programs are kept in for the next time; empty is one in the user's cache, 'off' none."""
 
@@ -130,7 +131,7 @@ def _print_table(facts: dict[str, object]) -> None:
     table.add_column("measure")
     table.add_column("value", justify="right")
     for name, value in facts.items():
-        if name not in ("preset", "device", "devices", "where", "memory_gib", "average"):
+        if name not in ("preset", "device", "devices", "where", "operations", "memory_gib", "average"):
             table.add_row(name.replace("_", " "), _text(value))
     Console().print(table)
 

@@ -21,7 +21,7 @@ from dsv3_jax.train.hlo_text import parse_hlo
 from dsv3_jax.train.profile import compile_step, profile_steps, random_batches
 from dsv3_jax.train.state import TrainState, config_mesh, init_state
 from dsv3_jax.train.step import Metrics, TrainStep, make_train_step
-from dsv3_jax.train.step_table import Row
+from dsv3_jax.train.step_table import Operation, Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +95,8 @@ class StepBench:
     """What XLA planned: arguments and temporaries."""
     where: list[Row] | None
     """Where one step's time goes; None where no steps were profiled."""
+    operations: list[Operation] | None
+    """The longest instructions of that step."""
     average: AverageBench | None
     """Of a configuration with ``train.ema_decay``; None without, and where no step was folded in."""
 
@@ -136,13 +138,13 @@ def bench_step(
     device = jax.devices()[0]
     flops = per_token * tokens / median / mesh.size
     peak, measured_peak = peak_flops(device.device_kind), peak_memory(device, planned)
-    plan, where = plan_memory(config, gpu=on_gpu), None
+    plan, profile = plan_memory(config, gpu=on_gpu), None
     if profiled:
         say(f"profiling {profiled} steps")
         if on_gpu:
             step.program = compile_step(step, state, batches[0], for_trace=True)
         with tempfile.TemporaryDirectory() as folder:
-            where = profile_steps(step, state, Path(folder), steps=profiled)[0].rows
+            profile = profile_steps(step, state, Path(folder), steps=profiled)[0]
     return StepBench(
         preset=config.name,
         device=device.device_kind,
@@ -170,7 +172,8 @@ def bench_step(
         memory_gib={name: size / 2**30 for name, size in plan.table.items()},
         planned_memory_gib=plan.total / 2**30,
         compiled_memory_gib=_compiled(planned),
-        where=where,
+        where=profile.rows if profile else None,
+        operations=profile.operations if profile else None,
         average=_average_bench(average, train.ema_every, timed) if average else None,
     )
 

@@ -202,6 +202,7 @@ def _profiled(step: TrainStep, state: TrainState, steps: int) -> Facts:
         "communication_ms": total,
         "exposed_ms": exposed if on_gpu else None,
         "where": [dataclasses.asdict(row) for row in profile.rows],
+        "operations": [dataclasses.asdict(operation) for operation in profile.operations],
     }
     if step.config.mesh.pipe > 1 and on_gpu:
         facts["waiting"] = [waiting_share(one, program) for one in events]

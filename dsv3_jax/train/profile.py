@@ -16,7 +16,7 @@ from dsv3_jax.planning.step_flops import step_flops
 from dsv3_jax.train.hlo_text import parse_hlo
 from dsv3_jax.train.state import TrainState, config_mesh, init_state
 from dsv3_jax.train.step import TrainStep, make_train_step
-from dsv3_jax.train.step_table import Row, tabulate
+from dsv3_jax.train.step_table import Operation, Row, busiest, tabulate
 from dsv3_jax.train.trace_events import read_events, trace_file
 
 KERNELS_ONE_BY_ONE = {"xla_gpu_enable_command_buffer": ""}
@@ -29,6 +29,8 @@ class Profile:
 
     rows: list[Row]
     """Of one step on the first device."""
+    operations: list[Operation]
+    """The longest instructions of that step."""
     trace: Path
     """What a viewer opens."""
     step_ms: float
@@ -95,10 +97,9 @@ def profile_steps(step: TrainStep, state: TrainState, folder: Path, *, steps: in
             state, _ = step(state, batches[i % len(batches)])
         jax.block_until_ready(state.params)
         seconds = time.perf_counter() - began
-    rows = tabulate(
-        read_events(trace_file(folder)), parse_hlo(step.program.as_text()), steps, **roofline(config, step.mesh.size)
-    )
-    return Profile(rows, trace_file(folder), 1e3 * seconds / steps), state
+    events, program = read_events(trace_file(folder)), parse_hlo(step.program.as_text())
+    rows = tabulate(events, program, steps, **roofline(config, step.mesh.size))
+    return Profile(rows, busiest(events, program, steps), trace_file(folder), 1e3 * seconds / steps), state
 
 
 def roofline(config: Config, devices: int) -> dict[str, Any]:

@@ -54,6 +54,22 @@ class Row:
     of_bandwidth: float | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One instruction of the program, as seen in one step on one device."""
+
+    instruction: str
+    kind: str
+    op_name: str
+    """Named scopes and primitive that it comes from; empty where the program does not say."""
+    times: float
+    """It ran in a step."""
+    milliseconds: float
+    """Of a step, all times together; what runs beside it counts in full."""
+    gigabytes: float | None
+    """GB/s by the program's shapes; None where it has none."""
+
+
 def kind_of(event: Event, instruction: Instruction | None) -> str:
     """What kind of work an event is: by its kernel's name, its operation, and the named scopes that it comes from."""
     kernel, opcode = event.kernel, instruction.opcode if instruction else ""
@@ -137,6 +153,32 @@ def tabulate(
             )
         )
     return rows
+
+
+def busiest(
+    events: Sequence[Event], program: Mapping[str, Instruction], steps: int, count: int = 60
+) -> list[Operation]:
+    """The ``count`` instructions that took longest, for whoever wants to know what a row of :func:`tabulate` is.
+
+    Args:
+        events: of ``steps`` steps on one device.
+        program: instructions by name.
+        steps: how many steps the events are of.
+        count: at most so many.
+    """
+    spent: dict[str, float] = {}
+    kinds: dict[str, str] = {}
+    for event in events:
+        spent[event.instruction] = spent.get(event.instruction, 0.0) + event.end - event.begin
+        kinds.setdefault(event.instruction, kind_of(event, program.get(event.instruction)))
+    ran, found = times_run(events), []
+    for name in sorted(spent, key=lambda one: -spent[one])[:count]:
+        instruction, microseconds = program.get(name), spent[name]
+        moved = instruction.bytes * ran[name] if instruction else 0
+        origin = instruction.op_names[0] if instruction and instruction.op_names else ""
+        speed = moved / microseconds / 1e3 if moved and microseconds else None
+        found.append(Operation(name, kinds[name], origin, ran[name] / steps, microseconds / steps / 1e3, speed))
+    return found
 
 
 def as_text(rows: Iterable[Row]) -> str:

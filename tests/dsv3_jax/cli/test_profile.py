@@ -55,6 +55,8 @@ def test_a_bench_says_where_time_and_memory_go(preset, tmp_path, capsys):
     # XLA's own copies and loops are much of so small a model.
     assert kinds.get("not told apart", {"share": 0})["share"] < 0.5
     assert kinds["dense GEMM"]["tflops"] > 0
+    longest = [operation["milliseconds"] for operation in facts["operations"]]
+    assert longest == sorted(longest, reverse=True)
     average = facts["average"]
     assert average["gb"] == pytest.approx(4e-9 * facts["parameters"])
     assert average["gb_per_second"] == pytest.approx(1e3 * average["gb"] / average["fold_ms"])

@@ -13,7 +13,7 @@ from dsv3_jax.planning.flops import flops_per_token
 from dsv3_jax.planning.step_flops import step_flops
 from dsv3_jax.train.hlo_text import Instruction, parse_hlo
 from dsv3_jax.train.profile import own_names
-from dsv3_jax.train.step_table import as_text, kind_of, tabulate
+from dsv3_jax.train.step_table import as_text, busiest, kind_of, tabulate
 from dsv3_jax.train.trace_events import Event, events_of, read_events, share_out, times_run, trace_file
 
 STEP = "jit(_local_step)/shard_map/"
@@ -181,6 +181,10 @@ def test_a_table_s_times_and_shares_add_up_to_the_step():
     assert table["dense GEMM"].gigabytes == pytest.approx(program["gemm"].bytes / 220e-6 / 1e9)
     assert table["weight casts"].of_bandwidth == pytest.approx(program["wrapped_convert"].bytes / 100e-6 / 1e9)
     assert table["idle"].gigabytes is None
+    longest, *_ = busiest([*events, *later], program, 2)
+    assert (longest.instruction, longest.kind, longest.times) == ("gemm", "dense GEMM", 1)
+    assert longest.milliseconds == pytest.approx(0.22)
+    assert longest.gigabytes == pytest.approx(table["dense GEMM"].gigabytes)
     text = as_text(rows)
     assert [line.split("  ")[0] for line in text.splitlines()[1:]] == [row.kind for row in rows]
 
