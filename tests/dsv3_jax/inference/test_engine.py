@@ -65,6 +65,16 @@ def test_side_by_side_drafted_and_set_aside_the_text_is_that_of_recomputation(en
     assert one_by_one(engine_of, greedy()) == expected
 
 
+def test_with_latents_in_fp8_text_depends_on_its_request_alone_too(engine_of, expected):
+    """A token's codes are its own: of no chunk that it was read in, no draft beside it and no pause."""
+    engine = engine_of(cache_dtype="fp8", share_prefixes=False)
+    together = finish(engine, greedy())
+    assert engine.counts.preemptions > 0
+    assert together[2:4] == one_by_one(engine_of, greedy()[2:4], cache_dtype="fp8")
+    same = np.mean(np.array(together) == np.array(expected))
+    assert 0.3 < same < 1, "near float32, and not it"
+
+
 def test_drawn_text_depends_on_its_seed_alone(engine_of):
     """With drafts too: who is set aside takes them along."""
     engine = engine_of()
