@@ -36,7 +36,7 @@ oracle:
 
 test: $(DEV)
 	@sh .ci/make-oracle --try
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -223,6 +223,7 @@ class Here:
         return self.status
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_the_whole_of_it_on_two_devices(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_mesh.subprocess, "Popen", Here)
