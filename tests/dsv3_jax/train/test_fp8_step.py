@@ -85,7 +85,7 @@ V3 = micro.config(micro.V3, train={"precision": "fp8"})
 MESHES = [
     pytest.param({"expert": 4, "data": 2}, False, marks=pytest.mark.slow),
     pytest.param({"data": 8}, True, marks=pytest.mark.slow),
-    pytest.param({"pipe": 2, "expert": 2, "data": 2, "schedule": "dualpipe"}, True, marks=pytest.mark.slow),
+    pytest.param({"pipe": 2, "expert": 2, "data": 2, "schedule": "dualpipe"}, True),
     pytest.param({"pipe": 2, "data": 4, "schedule": "1f1b"}, False, marks=pytest.mark.slow),
 ]
 

@@ -27,7 +27,8 @@ ROWS = micro.tokens(CONFIG.model, rows=16, seed=5)
 MESHES = [(2, 4, 1), (2, 2, 2), (4, 2, 1), (4, 1, 2), (8, 1, 1)]
 ONE_WAY = ("gpipe", "1f1b", "zb1p")
 """They share a program: what differs is the table."""
-DEFAULT = {(2, 2, 2, ONE_WAY), (8, 1, 1, ONE_WAY), (4, 2, 1, ("dualpipe",)), (2, 4, 1, ("dualpipev",))}
+TWO_WAY = {(4, 2, 1, ("dualpipe",)), (2, 4, 1, ("dualpipev",))}
+DEFAULT = {(2, 2, 2, ONE_WAY), (4, 1, 2, ONE_WAY), (8, 1, 1, ONE_WAY), *TWO_WAY}
 """One program compiles for half a minute: the others are for `-m slow`."""
 BOUNDED = {(4, 2, 1, ("dualpipe",)), (4, 1, 2, ONE_WAY), (4, 1, 2, ("dualpipev",))}
 """Run with one weight gradient that waits at most, where their schedules would have two or more."""
