@@ -193,8 +193,8 @@ class TrainConfig:
     """Decay of the moving average of parameters, which is kept in host memory; 0 keeps none (decay UNCONFIRMED in the
     paper)."""
     ema_every: int = 1
-    """Steps between two updates of the moving average, each with ``ema_decay ** ema_every``: more than 1 where the host
-    cannot keep up with every step, which the run says."""
+    """Steps between two updates of the moving average, each with ``ema_decay ** ema_every``; one part in so many of it
+    crosses the bus beside each step, in both directions: more than 1 where steps wait for that, which the run says."""
     log_every: int = 10
     """Steps between two readings of the metrics by the host. Every step is written to metrics.jsonl all the same."""
     eval_every: int = 100

@@ -31,21 +31,21 @@ class AverageBench:
     every: int
     """``train.ema_every``."""
     step_ms: float
-    """Mean of the timed steps: after one of ``every``, the device copies parameters."""
+    """Mean of the timed steps: at one of ``every``, the device copies parameters, at all it folds in a share."""
+    alone_ms: float
+    """Mean of as many steps before them, without the average."""
     longest_wait_ms: float
-    """That the device stood still, the last fold not having ended."""
-    fold_ms: float
-    """From a step's end to when it is folded in, median."""
+    """That the device stood still until a share had come."""
+    share_ms: float
+    """From a step's end until the share that is folded in after the next one has come; median."""
     gb: float
-    """Float32 parameters of this process."""
-    gb_per_second: float
-    """Of them, on their way and folded in."""
+    """Float32 parameters of this process; one part in ``every`` is a share."""
 
     def __str__(self) -> str:
         return (
-            f"moving average, every {self.every} steps: {self.step_ms:.4g} ms a step (mean), the device waited "
-            f"{self.longest_wait_ms:.3g} ms at most; {self.gb:.3g} GB folded in in {self.fold_ms:.4g} ms, "
-            f"{self.gb_per_second:.3g} GB/s"
+            f"moving average, every {self.every} steps: {self.step_ms:.4g} ms a step (mean), {self.alone_ms:.4g} "
+            f"without; of its {self.gb:.3g} GB a share came up in {self.share_ms:.4g} ms, for which the device waited "
+            f"{self.longest_wait_ms:.3g} ms at most"
         )
 
 
@@ -98,7 +98,7 @@ class StepBench:
     operations: list[Operation] | None
     """The longest instructions of that step."""
     average: AverageBench | None
-    """Of a configuration with ``train.ema_decay``; None without, and where no step was folded in."""
+    """Of a configuration with ``train.ema_decay``."""
 
 
 def bench_step(
@@ -112,9 +112,9 @@ def bench_step(
     """Time ``steps`` training steps after ``warmup`` ones, on four batches of uniform random tokens, cycled.
 
     The loss of the batches must fall while they repeat: both ends are in the result. With ``train.ema_decay`` the
-    moving average follows as in a run (over a number of ``steps`` that is a multiple of ``train.ema_every``, the mean
-    is fair). Afterwards ``profiled`` steps go under the profiler; on a GPU these are compiled again, without command
-    buffers.
+    same steps are timed again while the moving average follows as in a run (over a number of ``steps`` that is a
+    multiple of ``train.ema_every``, their mean is fair). Afterwards ``profiled`` steps go under the profiler; on a GPU
+    these are compiled again, without command buffers.
     """
     mesh = config_mesh(config)
     train, model = config.train, config.model
@@ -128,16 +128,18 @@ def bench_step(
     compile_seconds = time.perf_counter() - begin
     planned, instructions = compiled.memory_analysis(), len(parse_hlo(compiled.as_text()))
     say(f"compiled in {compile_seconds:.1f} s")
-    average = MovingAverage(config, state.params, mesh, say=say) if train.ema_decay else None
-    follow = average.follow if average else None
-    state, times, seen = time_steps(step, state, batches, steps=steps, warmup=warmup, follow=follow)
+    state, times, seen = time_steps(step, state, batches, steps=steps, warmup=warmup)
     losses, timed = [float(metrics["loss"]) for metrics in seen], times[warmup - 1 :]
     median = statistics.median(timed)
     tokens = train.batch_size * train.seq_len
     per_token = flops_per_token(model, train.seq_len, mtp=model.num_nextn_predict_layers > 0)
     device = jax.devices()[0]
     flops = per_token * tokens / median / mesh.size
-    peak, measured_peak = peak_flops(device.device_kind), peak_memory(device, planned)
+    peak = peak_flops(device.device_kind)
+    average = None
+    if train.ema_decay:
+        state, average = _time_average(config, step, state, batches, timed, warmup=warmup, say=say)
+    measured_peak = peak_memory(device, planned)
     plan, profile = plan_memory(config, gpu=on_gpu), None
     if profiled:
         say(f"profiling {profiled} steps")
@@ -174,21 +176,33 @@ def bench_step(
         compiled_memory_gib=_compiled(planned),
         where=profile.rows if profile else None,
         operations=profile.operations if profile else None,
-        average=_average_bench(average, train.ema_every, timed) if average else None,
+        average=average,
     )
 
 
-def _average_bench(average: MovingAverage, every: int, timed: Sequence[float]) -> AverageBench | None:
+def _time_average(
+    config: Config,
+    step: TrainStep,
+    state: TrainState,
+    batches: Sequence[np.ndarray],
+    alone: Sequence[float],
+    *,
+    warmup: int,
+    say: Callable[[str], None],
+) -> tuple[TrainState, AverageBench]:
+    """As many steps as ``alone`` has seconds of, followed by the moving average; its first folds are warm-up too."""
+    every = config.train.ema_every
+    average = MovingAverage(config, state.params, say=say)
+    warmup += 2 * every
+    state, times, _ = time_steps(step, state, batches, steps=len(alone), warmup=warmup, follow=average.follow)
     average.wait()
-    if average.fold_seconds is None:
-        return None
-    return AverageBench(
+    return state, AverageBench(
         every=every,
-        step_ms=1e3 * statistics.fmean(timed),
+        step_ms=1e3 * statistics.fmean(times[warmup - 1 :]),
+        alone_ms=1e3 * statistics.fmean(alone),
         longest_wait_ms=1e3 * average.longest_wait,
-        fold_ms=1e3 * average.fold_seconds,
+        share_ms=1e3 * (average.share_seconds or 0.0),
         gb=average.nbytes / 1e9,
-        gb_per_second=average.nbytes / 1e9 / average.fold_seconds,
     )
 
 

@@ -30,6 +30,7 @@ holds the norms and SwiGLUs of FP8 steps, which are one pass with it; ``loss`` t
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _PRODUCT_KERNEL = re.compile(r"nvjet|gemm|cutlass|xmma|cublas|^fp8x?8?_", re.IGNORECASE)
 _ATTENTION_KERNEL = re.compile(r"cudnn.*sdpa|cudnn::fusion|flash", re.IGNORECASE)
+_NUMBER = re.compile(r"[._]\d+$")
 _COLLECTIVE = re.compile(r"^(all-reduce|all-gather|all-to-all|reduce-scatter|collective|ragged-all|send|recv)")
 _PRODUCTS = {"dot_general", "fp8_gemm"}
 _QUANTIZERS = {"quantizer", "swiglu_quantize", "swiglu_backward_quantize"}
@@ -56,14 +57,17 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One instruction of the program, as seen in one step on one device."""
+    """One operation of the program, as seen in one step on one device: alike instructions, as of all layers."""
 
     instruction: str
+    """The one that took longest."""
+    instructions: int
+    """Of the same opcode, kind and origin."""
     kind: str
     op_name: str
     """Named scopes and primitive that it comes from; empty where the program does not say."""
     times: float
-    """It ran in a step."""
+    """They ran in a step."""
     milliseconds: float
     """Of a step, all times together; what runs beside it counts in full."""
     gigabytes: float | None
@@ -158,7 +162,7 @@ def tabulate(
 def busiest(
     events: Sequence[Event], program: Mapping[str, Instruction], steps: int, count: int = 60
 ) -> list[Operation]:
-    """The ``count`` instructions that took longest, for whoever wants to know what a row of :func:`tabulate` is.
+    """The ``count`` operations that took longest, for whoever wants to know what a row of :func:`tabulate` is.
 
     Args:
         events: of ``steps`` steps on one device.
@@ -171,14 +175,21 @@ def busiest(
     for event in events:
         spent[event.instruction] = spent.get(event.instruction, 0.0) + event.end - event.begin
         kinds.setdefault(event.instruction, kind_of(event, program.get(event.instruction)))
-    ran, found = times_run(events), []
-    for name in sorted(spent, key=lambda one: -spent[one])[:count]:
-        instruction, microseconds = program.get(name), spent[name]
-        moved = instruction.bytes * ran[name] if instruction else 0
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for name in sorted(spent, key=lambda one: -spent[one]):
+        instruction = program.get(name)
         origin = instruction.op_names[0] if instruction and instruction.op_names else ""
+        # Without an origin they are told apart by their names, less the number.
+        what = instruction.opcode if instruction and origin else _NUMBER.sub("", name)
+        alike.setdefault((kinds[name], origin, what), []).append(name)
+    ran, found = times_run(events), []
+    for (kind, origin, _), names in alike.items():
+        microseconds = sum(spent[name] for name in names)
+        moved = sum(program[name].bytes * ran[name] for name in names if name in program)
         speed = moved / microseconds / 1e3 if moved and microseconds else None
-        found.append(Operation(name, kinds[name], origin, ran[name] / steps, microseconds / steps / 1e3, speed))
-    return found
+        times = sum(ran[name] for name in names) / steps
+        found.append(Operation(names[0], len(names), kind, origin, times, microseconds / steps / 1e3, speed))
+    return sorted(found, key=lambda one: -one.milliseconds)[:count]
 
 
 def as_text(rows: Iterable[Row]) -> str:

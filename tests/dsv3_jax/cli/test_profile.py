@@ -59,8 +59,9 @@ def test_a_bench_says_where_time_and_memory_go(preset, tmp_path, capsys):
     assert longest == sorted(longest, reverse=True)
     average = facts["average"]
     assert average["gb"] == pytest.approx(4e-9 * facts["parameters"])
-    assert average["gb_per_second"] == pytest.approx(1e3 * average["gb"] / average["fold_ms"])
-    assert average["step_ms"] == pytest.approx(facts["step_ms"])  # Of two steps, mean and median are the same.
+    assert average["alone_ms"] == pytest.approx(facts["step_ms"])  # Of two steps, mean and median are the same.
+    assert average["step_ms"] > 0
+    assert average["share_ms"] > 0
     printed = capsys.readouterr().out
     assert "sum, planned" in printed
     assert "moving average, every 2 steps" in printed

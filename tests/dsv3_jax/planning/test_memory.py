@@ -371,12 +371,13 @@ def test_unrolled_layers_have_gradients_in_place_of_activations():
 def test_the_moving_average_is_in_host_memory_and_what_it_is_made_of_on_the_device(unroll):
     changes = {"train": {"micro_batch_size": 1, "batch_size": 16, "unroll": unroll}, "mesh": {"expert": 2, "data": 4}}
     without = plan_memory(micro.config(**changes))
-    plan = plan_memory(micro.config(**changes | {"train": changes["train"] | {"ema_decay": 0.9}}))
-    assert without.host == {"EMA": 0, "copies of it on their way": 0}
+    plan = plan_memory(micro.config(**changes | {"train": changes["train"] | {"ema_decay": 0.9, "ema_every": 4}}))
+    assert without.host == {"EMA": 0, "a share of it on its way": 0}
     assert plan.state == without.state
     share = plan.state["masters"]
-    assert plan.host == {"EMA": share, "copies of it on their way": share}
-    assert plan.step["parameters copied for the EMA"] == plan.temporaries - without.temporaries == share
+    assert plan.host == {"EMA": share, "a share of it on its way": share // 4}
+    travelling = plan.step["EMA: copied parameters and a share"]
+    assert travelling == plan.temporaries - without.temporaries == share + share // 4
     config = micro.config(**changes | {"train": changes["train"] | {"ema_decay": 0.9}})
     state = abstract_state(config)
     assert local_bytes(abstract_average(config)) == local_bytes(state.params) == share

@@ -1,9 +1,7 @@
 """The moving average of parameters: a plain loop's values, on the host, in no step's way, exact after a restart."""
 
 import dataclasses
-import gc
 import re
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,7 @@ import pytest
 from dsv3_jax.checkpoint import CheckpointWriter, restore
 from dsv3_jax.config import replace
 from dsv3_jax.train import ema
-from dsv3_jax.train.ema import MovingAverage, abstract_average, fold
+from dsv3_jax.train.ema import MovingAverage, Watch, abstract_average
 from dsv3_jax.train.state import plain_state
 from dsv3_jax.train.step import make_train_step
 from tests.dsv3_jax import micro
@@ -27,6 +25,7 @@ CONFIG = micro.config(
     optim={"learning_rate": 0.1},
     mesh={"data": 4},
 )
+THIRD = replace(CONFIG, train={"ema_every": 3})
 ROWS = micro.tokens(CONFIG.model, rows=8, seed=2)
 
 
@@ -36,11 +35,11 @@ class Steps:
     def __init__(self, config):
         self.config, self.state = config, micro.train_state(config)
 
-    def next(self, skipped: object = 0):
+    def next(self, skipped=0):
         number = self.state.step + 1
-        params = self.state.params if skipped == 1 else micro.train_state(self.config, seed=number).params
+        params = self.state.params if skipped else micro.train_state(self.config, seed=number).params
         self.state = dataclasses.replace(self.state, params=params, step=number)
-        return self.state, {"skipped": jnp.int32(skipped) if isinstance(skipped, int) else skipped}
+        return self.state, {"skipped": jnp.int32(skipped)}
 
 
 def host(tree):
@@ -64,15 +63,6 @@ def step():
     return make_train_step(CONFIG)
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (700, 800)])
-def test_a_fold_is_the_plain_formula_in_place(shape):
-    rng = np.random.default_rng(0)
-    before, value = (np.asarray(rng.standard_normal(shape), np.float32) for _ in range(2))
-    average = before.copy()
-    fold(average, value, np.float32(0.25))
-    np.testing.assert_array_equal(average, before + np.float32(0.25) * (value - before))
-
-
 def test_the_average_of_steps_is_that_of_a_plain_loop_and_on_the_host(step):
     state = micro.train_state(CONFIG)
     average, expected = MovingAverage(CONFIG, state.params), host(state.params)
@@ -85,38 +75,15 @@ def test_the_average_of_steps_is_that_of_a_plain_loop_and_on_the_host(step):
     table = state.params["embedding"]["table"]
     assert np.abs(table - expected["embedding"]["table"]).max() > 0.01
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(found)} == {"pinned_host"}
-    assert average.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+    assert {part.sharding.memory_kind for piece in average._pieces for part in piece} == {"pinned_host"}
 
 
-def test_a_step_runs_to_its_end_while_the_one_before_is_folded_in(step, monkeypatch):
-    state = micro.train_state(CONFIG)
-    average, expected = MovingAverage(CONFIG, state.params), host(state.params)
-    opened, inside = threading.Event(), threading.Event()
-
-    def held(*arguments):
-        inside.set()
-        assert opened.wait(60)
-        fold(*arguments)
-
-    monkeypatch.setattr(ema, "fold", held)
-    state, metrics = step(state, ROWS)
-    expected = followed(expected, state.params)
-    average.follow(state, metrics)
-    assert inside.wait(60)
-    # The fold stands still; this step uses up the parameters of the one before, and ends.
-    state, _ = step(state, ROWS)
-    jax.block_until_ready(state.params)
-    opened.set()
-    same(average.plain(), expected)
-
-
-def test_threads_and_the_sizes_of_pieces_and_tasks_do_not_change_a_bit(monkeypatch):
+def test_the_sizes_of_pieces_do_not_change_a_bit(monkeypatch):
     found = []
-    for threads, piece, task, block in ((1, 1 << 26, 1 << 22, 1 << 18), (5, 250, 100, 32)):
-        for name, size in (("_PIECE", piece), ("_TASK", task), ("_BLOCK", block)):
-            monkeypatch.setattr(ema, name, size)
+    for piece in (1 << 26, 250):
+        monkeypatch.setattr(ema, "_PIECE", piece)
         steps = Steps(CONFIG)
-        average = MovingAverage(CONFIG, steps.state.params, threads=threads)
+        average = MovingAverage(CONFIG, steps.state.params)
         for _ in range(2):
             average.follow(*steps.next())
         found.append(average.plain())
@@ -125,62 +92,63 @@ def test_threads_and_the_sizes_of_pieces_and_tasks_do_not_change_a_bit(monkeypat
     exactly_same(*found)
 
 
-class Skipped:
-    """A metric that is there, or of a step that still runs."""
+def test_every_third_step_counts_for_three_and_each_step_carries_a_third(monkeypatch):
+    monkeypatch.setattr(ema, "_PIECE", 100)
+    moved = []
+    to_host = ema._to_host
+    monkeypatch.setattr(ema, "_to_host", lambda piece: (moved.append(piece.nbytes), to_host(piece))[1])
+    steps = Steps(THIRD)
+    average, expected = MovingAverage(THIRD, steps.state.params), host(steps.state.params)
+    whole, carried = average.nbytes, []
+    for number in range(1, 9):
+        moved.clear()
+        average.follow(*steps.next())
+        carried.append(sum(moved))
+        if number % 3 == 0:
+            expected = followed(expected, steps.state.params, DECAY**3)
+    # Nothing before the first round; the second is all but over.
+    assert carried[:2] == [0, 0]
+    assert sum(carried[2:5]) == whole
+    assert max(carried) < 0.4 * whole
+    same(average.plain(), expected)
 
-    def __init__(self, ready):
-        self.is_ready = lambda: ready
 
-    def __int__(self):
-        return 0
+def test_a_share_comes_up_a_step_before_it_is_folded_in(monkeypatch):
+    """Copies that a program waits for can begin no sooner than the program before it ends."""
+    steps, order = Steps(THIRD), []
+    average = MovingAverage(THIRD, steps.state.params)
+    fold, bring = ema._folded, average._to_devices
+    monkeypatch.setattr(ema, "_folded", lambda given, *rest: (order.append(("fold", id(given))), fold(given, *rest))[1])
 
+    def brought(piece):
+        there = bring(piece)
+        order.append(("bring", id(there)))
+        return there
 
-@pytest.mark.parametrize("devices_wait", [True, False])
-def test_one_set_of_parameters_is_under_way_at_a_time_and_waiting_devices_are_told_of_once(monkeypatch, devices_wait):
-    steps, told, order = Steps(CONFIG), [], []
-    average = MovingAverage(CONFIG, steps.state.params, say=told.append)
-    opened = threading.Event()
-
-    def held(*arguments):
-        assert opened.wait(60), "the second set did not wait for the first"
-        order.append("fold")
-        fold(*arguments)
-
-    class Joined(threading.Thread):
-        """Whoever waits for it opens the gate."""
-
-        def join(self, timeout=None):
-            opened.set()
-            super().join(timeout)
-            opened.clear()
-
-    copy = average._copy
-    monkeypatch.setattr(ema, "fold", held)
-    monkeypatch.setattr(ema.threading, "Thread", Joined)
-    monkeypatch.setattr(average, "_copy", lambda params: (order.append("copy"), copy(params))[1])
+    monkeypatch.setattr(average, "_to_devices", brought)
+    for _ in range(2):
+        steps.next()
     for _ in range(3):
-        average.follow(*steps.next(Skipped(devices_wait)))
-    average.wait()
-    folds = ["fold"] * (len(order) // 3 - 1)
-    assert folds
-    assert order == ["copy", *folds] * 3
-    assert len(told) == devices_wait
-    assert all(re.search(r"raise train\.ema_every to [1-9]\d* \(now 1;", line) for line in told)
-    assert (average.longest_wait > 0) == devices_wait
-    assert (average.fold_seconds or 0) > 0
+        before = {("fold", id(piece)) for piece in average._coming}
+        order.clear()
+        average.follow(*steps.next())
+        assert {one for one in order if one[0] == "fold"} == before
+        last_fold = max(place for place, one in enumerate(order) if one[0] == "fold")
+        assert all(place > last_fold for place, one in enumerate(order) if one[0] == "bring")
 
 
-def test_copies_are_freed_as_they_are_used():
-    steps = Steps(CONFIG)
-    average = MovingAverage(CONFIG, steps.state.params)
-    average.follow(*steps.next())
-    average.wait()
-    gc.collect()
-    before = len(jax.live_arrays())
-    average.follow(steps.state, {"skipped": jnp.int32(0)})
-    average.wait()
-    gc.collect()
-    assert len(jax.live_arrays()) == before
+def test_a_round_that_is_cut_short_by_a_save_is_the_same(tmp_path):
+    found = []
+    for saved_at in (None, 3, 4):
+        steps = Steps(THIRD)
+        average = MovingAverage(THIRD, steps.state.params)
+        for number in range(1, 7):
+            average.follow(*steps.next())
+            if number == saved_at:
+                average = MovingAverage.restored(THIRD, average.plain())
+        found.append(average.plain())
+    exactly_same(found[0], found[1])
+    exactly_same(found[0], found[2])
 
 
 def test_steps_that_are_not_finite_leave_the_average_alone():
@@ -192,40 +160,61 @@ def test_steps_that_are_not_finite_leave_the_average_alone():
     exactly_same(average.plain(), before)
 
 
+def watch(said):
+    return Watch(4, 8_000_000_000, said.append)
+
+
+def test_devices_that_wait_are_told_of_once_with_a_value_at_which_nothing_waits():
+    said = []
+    seen = watch(said)
+    for _ in range(9):
+        seen.note(step_seconds=0.2, share_seconds=0.3)
+    assert len(said) == 1
+    told = re.search(
+        r"steps wait .* 8 GB .* in 0\.3 s; a step takes 0\.2 s; raise train\.ema_every to (\d+) \(now 4;", said[0]
+    )
+    assert told
+    # A share is as much smaller.
+    assert 0.3 * 4 / int(told[1]) < 0.2
+    assert seen.longest_wait == pytest.approx(0.1)
+    assert seen.share_seconds == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    "shares", [[0.1] * 9, [9.0, 9.0, 0.1, 9.0, 9.0], [0.205] * 9], ids=["in time", "seldom", "hardly"]
+)
+def test_what_comes_in_time_or_is_seldom_late_is_not_told(shares):
+    said = []
+    seen = watch(said)
+    for share in shares:
+        seen.note(step_seconds=0.2, share_seconds=share)
+    assert said == []
+
+
+def test_the_watch_sees_both_ends_of_a_step_and_a_share():
+    said = []
+    seen = watch(said)
+    arrived, ended = jnp.zeros(3), jnp.int32(0)
+    for _ in range(3):
+        seen.see([arrived], ended)
+    seen.wait()
+    assert seen.share_seconds is not None
+    assert 0 <= seen.share_seconds < 10
+    assert seen.longest_wait < 10
+
+
 def test_what_is_saved_shares_no_memory_with_what_goes_on():
-    average = MovingAverage(CONFIG, micro.train_state(CONFIG).params)
-    saved, before = average.plain(), [{key: part.copy() for key, part in parts.items()} for parts in average._parts]
-    for parts in average._parts:
-        for part in parts.values():
-            part.fill(np.nan)
-    for leaf, parts in zip(jax.tree.leaves(saved), before, strict=True):
-        for shard in leaf.addressable_shards:
-            place = tuple(cut.indices(size)[:2] for cut, size in zip(shard.index, leaf.shape, strict=True))
-            np.testing.assert_array_equal(shard.data, parts[place])
-
-
-def test_every_third_step_counts_for_three():
-    config = replace(CONFIG, train={"ema_every": 3})
-    steps = Steps(config)
-    average, expected = MovingAverage(config, steps.state.params), host(steps.state.params)
-    for number in range(1, 8):
-        average.follow(*steps.next())
-        if number % 3 == 0:
-            expected = followed(expected, steps.state.params, DECAY**3)
-    same(average.plain(), expected)
-
-
-def test_what_fails_in_the_background_is_raised_by_the_next_call(monkeypatch):
     steps = Steps(CONFIG)
     average = MovingAverage(CONFIG, steps.state.params)
-
-    def broken(*arguments):
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(ema, "fold", broken)
-    average.follow(*steps.next())
-    with pytest.raises(ZeroDivisionError):
+    saved = average.plain()
+    before = host(saved)
+    for _ in range(2):
         average.follow(*steps.next())
+    average.wait()
+    exactly_same(saved, before)
+    assert any(
+        (np.asarray(a) != b).any() for a, b in zip(*map(jax.tree.leaves, (average.plain(), before)), strict=True)
+    )
 
 
 STAGED = micro.config(
@@ -240,7 +229,7 @@ MESHES = {
 
 
 @pytest.mark.parametrize(("before", "after"), [("data", "dualpipev"), ("dualpipev", "expert and data")])
-def test_an_average_goes_on_exactly_on_another_mesh(tmp_path, before, after):
+def test_an_average_goes_on_on_another_mesh(tmp_path, before, after):
     saving, going_on = (replace(STAGED, mesh=MESHES[name]) for name in (before, after))
     steps = Steps(saving)
     average = MovingAverage(saving, steps.state.params)
@@ -248,15 +237,17 @@ def test_an_average_goes_on_exactly_on_another_mesh(tmp_path, before, after):
     average.follow(*steps.next())
     expected = followed(expected, plain_state(saving, steps.state).params)
     with CheckpointWriter(tmp_path, keep=1, config_toml="") as writer:
-        writer.save({"ema": average.plain()}, step=1, tokens=1, data={})
+        saved = average.plain()
+        writer.save({"ema": saved}, step=1, tokens=1, data={})
         # What is saved is a copy: this does not change it.
         average.follow(*steps.next())
         average.wait()
     found = restore(tmp_path / "1", {"ema": abstract_average(going_on)})["ema"]
-    exactly_same(found, expected)
+    same(found, expected)
+    exactly_same(found, host(saved))
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(found)} == {"pinned_host"}
     average = MovingAverage.restored(going_on, found)
-    exactly_same(average.plain(), expected)
+    exactly_same(average.plain(), host(saved))
     steps = Steps(going_on)
     average.follow(*steps.next())
-    exactly_same(average.plain(), followed(expected, plain_state(going_on, steps.state).params))
+    same(average.plain(), followed(expected, plain_state(going_on, steps.state).params))

@@ -185,8 +185,21 @@ def test_a_table_s_times_and_shares_add_up_to_the_step():
     assert (longest.instruction, longest.kind, longest.times) == ("gemm", "dense GEMM", 1)
     assert longest.milliseconds == pytest.approx(0.22)
     assert longest.gigabytes == pytest.approx(table["dense GEMM"].gigabytes)
+    assert longest.instructions == 1
     text = as_text(rows)
     assert [line.split("  ")[0] for line in text.splitlines()[1:]] == [row.kind for row in rows]
+
+
+def test_alike_operations_of_all_layers_are_one():
+    origin = ("jit(_local_step)/gradients/add_any",)
+    program = {f"sum.{layer}": Instruction(f"sum.{layer}", "fusion", origin, 1000) for layer in range(3)}
+    events = [Event("k", f"sum.{layer}", 100 * layer, 100 * layer + 10 * (layer + 1)) for layer in range(3)]
+    events += [Event("c", f"copy.{number}", 400 + 10 * number, 401 + 10 * number) for number in range(2)]
+    sums, copies = busiest(events, program, 1, count=2)
+    assert (sums.instruction, sums.instructions, sums.times) == ("sum.2", 3, 3)
+    assert sums.milliseconds == pytest.approx(0.06)
+    assert sums.gigabytes == pytest.approx(3 * 1000 / 60e-6 / 1e9)
+    assert (copies.instruction[:5], copies.instructions, copies.op_name) == ("copy.", 2, "")
 
 
 def dataclass_shifted(event, by):
