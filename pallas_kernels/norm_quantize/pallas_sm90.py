@@ -78,8 +78,10 @@ def norm_quantize(
             y = x32 * inverse * lax.broadcast_in_dim(weight, shape, [1, 2])
             rounded = round_16(y, dtype, layout=ROWS_OF_TILES, interpret=interpret)
             y = rounded.astype(jnp.float32)
-            scale = quantizer.scale_of(jnp.max(jnp.abs(y), axis=2), power_of_two, interpret, ROWS_OF_TILES.reduce(2))
-            q = quantizer.encode(y, scale, layout=ROWS_OF_TILES, power_of_two=power_of_two, interpret=interpret)
+            amax = quantizer.largest(rounded, 2)
+            scale = quantizer.scale_of(amax, power_of_two, interpret, ROWS_OF_TILES.reduce(2))
+            how = {"power_of_two": power_of_two, "interpret": interpret, "narrow": True}
+            q = quantizer.encode(y, scale, layout=ROWS_OF_TILES, **how)
             q_ref[here_m, here_k] = q
             scale_ref[here_m, here_k] = scale
             for y_ref in y_refs:

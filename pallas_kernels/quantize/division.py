@@ -13,6 +13,11 @@ reciprocal ``r`` of ``s``, is corrected by its exact remainder, ``q = q0 - (q0 s
 A quotient that is zero has the sign of ``x``, which e4m3 keeps: an exact remainder is ``+0`` as written, and taking it
 away changes no zero; ``q0 + (x - q0 s) r`` would turn ``-0`` into ``+0``.
 
+An ``x`` of 16 bits needs one instruction less, ``q = x r + x t`` with an ``r`` a little below ``1 / s`` and the rest
+``t`` of it: ``x r`` is exact in the fused sum, ``x t`` has the sign of ``x`` even where it is zero. Where ``s`` is
+1 / 448 of another such number this is the correctly rounded quotient, for all pairs of significands (tested). A power
+of two has an exact reciprocal.
+
 The sequences are written over an ``Arithmetic``, so that a test can run them in exact numbers.
 """
 
@@ -23,11 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
-from jax._src.lib.mlir.dialects import arith, llvm, vector
+from jax._src.lib.mlir.dialects import arith
 from jax._src.lib.mlir.dialects import math as mlir_math
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.quantize.reference import E4M3_MAX
+from pallas_kernels.quantize.registers import approximate_reciprocal
 
 RECIPROCAL_OF_MAX = float(np.float32(1) / np.float32(E4M3_MAX))
 
@@ -57,6 +63,22 @@ def corrected_quotient(ops: Arithmetic, x: Any, s: Any, r: Any) -> Any:
     """``x / s`` from ``r``, the correctly rounded ``1 / s``."""
     q0 = ops.multiply(x, r)
     return ops.fma(ops.negative(ops.fma(q0, s, ops.negative(x))), r, q0)
+
+
+def quotient_of_16_bits(ops: Arithmetic, x: Any, r: Any, rest: Any) -> Any:
+    """``x / s`` of bfloat16 or float16 ``x``, from ``r`` and :func:`rest_of_reciprocal`."""
+    return ops.fma(x, r, ops.multiply(x, rest))
+
+
+def rest_of_reciprocal(ops: Arithmetic, s: Any, r: Any) -> Any:
+    """``1 / s - r`` for an ``r`` at most a few units in the last place below ``1 / s``."""
+    return ops.multiply(ops.fma(ops.negative(r), s, ops.constant(1.0, s)), r)
+
+
+def refined_reciprocal(ops: Arithmetic, s: Any, near: Any) -> Any:
+    """``1 / s``: what ``rcp.rn`` does, without its branch for numbers near either end of the exponents, which no scale
+    is."""
+    return ops.fma(near, ops.negative(ops.fma(s, near, ops.constant(-1.0, near))), near)
 
 
 def scale_quotient(ops: Arithmetic, amax: Any) -> Any:
@@ -100,16 +122,25 @@ def scale_in_kernel(amax: Array, layout: Any, power_of_two: bool) -> Array:
     return jnp.where(amax < jnp.inf, _pointwise(make, layout, amax), amax if not power_of_two else jnp.inf)
 
 
-def divide_in_kernel(x: Array, scale: Array, layout: Any, scale_layout: Any, power_of_two: bool) -> Array:
-    """What has the code of ``x / scale``, for ``x`` in ``layout``; one scale for its last dim, or a scalar."""
+def divide_in_kernel(x: Array, scale: Array, layout: Any, scale_layout: Any, power_of_two: bool, narrow: bool) -> Array:
+    """What has the code of ``x / scale``, for ``x`` in ``layout``; one scale for its last dim, or a scalar.
+
+    ``narrow`` promises values of 16 bits and scales that are 1 / 448 of such a value or of 1e-4. Where a scale is not
+    finite, so is no quotient.
+    """
 
     def along(value: Array) -> Array:
         return lax.broadcast_in_dim(value, x.shape, range(value.ndim)) if value.ndim else value
 
     ops = _Registers()
-    inverse = _pointwise(_reciprocal, scale_layout, scale)
     if power_of_two:
+        inverse = _pointwise(_power_of_two_reciprocal, scale_layout, scale)
         return _pointwise(ops.multiply, layout, x, along(inverse))
+    if narrow:
+        below = _pointwise(_below_reciprocal, scale_layout, scale)
+        rest = _pointwise(functools.partial(rest_of_reciprocal, ops), scale_layout, scale, below)
+        return _pointwise(functools.partial(quotient_of_16_bits, ops), layout, x, along(below), along(rest))
+    inverse = _pointwise(_reciprocal, scale_layout, scale)
     return _pointwise(functools.partial(corrected_quotient, ops), layout, x, along(scale), along(inverse))
 
 
@@ -119,12 +150,20 @@ def _power_of_two_scale(amax: Any) -> Any:
     return arith.bitcast(amax.type, arith.andi(raised, _integer(0x7F800000, bits)))
 
 
-def _reciprocal(value: Any) -> Any:
-    if not isinstance(value.type, ir.VectorType):
-        return llvm.inline_asm(value.type, [value], "rcp.rn.f32 $0, $1;", "=f,f")
-    (size,) = ir.VectorType(value.type).shape
-    parts = [vector.extract(value, dynamic_position=[], static_position=[i]) for i in range(size)]
-    return vector.from_elements(value.type, [_reciprocal(part) for part in parts])
+def _power_of_two_reciprocal(scale: Any) -> Any:
+    """Scales are at least 1e-4 / 448 and at most 2 ** 120, or infinite: all reciprocals are normal numbers."""
+    bits = _as_integer(scale)
+    return arith.bitcast(scale.type, arith.subi(_integer(254 << 23, bits), bits))
+
+
+def _below_reciprocal(scale: Any) -> Any:
+    """At most four units in the last place below ``1 / scale``, from which the approximation is at most one away."""
+    bits = _as_integer(approximate_reciprocal(scale))
+    return arith.bitcast(scale.type, arith.subi(bits, _integer(2, bits)))
+
+
+def _reciprocal(scale: Any) -> Any:
+    return refined_reciprocal(_Registers(), scale, approximate_reciprocal(scale))
 
 
 def _as_integer(value: Any) -> Any:

@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import dispatch, varying
 from pallas_kernels.quantize import division, reference
 from pallas_kernels.quantize.reference import AMAX_FLOOR, TILE, Tiles
+from pallas_kernels.quantize.registers import e4m3_where
 from pallas_kernels.quantize.tile_loop import F8, OUTBOX, Tile, Tiling, send, smem_tile, tiles_of, walk
 
 _HALF = TILE // 2
@@ -51,23 +52,33 @@ def scale_of(amax: Array, power_of_two: bool, interpret: Any, layout: Any = ROWS
     return division.scale_in_kernel(jnp.maximum(amax, jnp.float32(AMAX_FLOOR)), layout, power_of_two)
 
 
-def encode(x: Array, scale: Array, *, layout: Any, power_of_two: bool, interpret: Any) -> Array:
-    """``e4m3fn(x / scale)`` of float32 ``x``, one scale for its last dim or one alone; zero where it is not finite."""
+def encode(x: Array, scale: Array, *, layout: Any, power_of_two: bool, interpret: Any, narrow: bool = False) -> Array:
+    """``e4m3fn(x / scale)`` of float32 ``x``, one scale for its last dim or one alone; zero where it is not finite.
+
+    ``narrow`` promises that ``x`` and the tile's largest magnitude have 16 bits: one instruction less a value.
+    """
     dims = list(range(scale.ndim))
     along = functools.partial(lax.broadcast_in_dim, shape=x.shape, broadcast_dimensions=dims)
+    finite = scale < jnp.inf
     if interpret:
-        quotient = reference.divide(x, along(scale))
-    else:
-        scale_layout = layout.reduce(x.ndim - 1) if dims else layout
-        quotient = division.divide_in_kernel(x, scale, layout, scale_layout, power_of_two)
-    return jnp.where(along(scale < jnp.inf), quotient, 0.0).astype(F8)
+        return jnp.where(along(finite), reference.divide(x, along(scale)), 0.0).astype(F8)
+    scale_layout = layout.reduce(x.ndim - 1) if dims else layout
+    quotient = division.divide_in_kernel(x, scale, layout, scale_layout, power_of_two, narrow)
+    if not dims:
+        return jnp.where(along(finite), quotient, 0.0).astype(F8)
+    return e4m3_where(along(jnp.where(finite, jnp.int32(-1), jnp.int32(0))), quotient, layout=layout)
+
+
+def largest(x: Array, axis: int) -> Array:
+    """The largest magnitude in float32, two values of 16 bits an instruction where ``x`` has them."""
+    return jnp.max(jnp.abs(x), axis=axis).astype(jnp.float32)
 
 
 def quantize_tile(x: Array, *, layout: Any, power_of_two: bool, interpret: Any) -> tuple[Array, Array]:
-    """Codes and scales of the rows of an array in registers."""
-    x = x.astype(jnp.float32)
-    scale = scale_of(jnp.max(jnp.abs(x), axis=1), power_of_two, interpret, layout.reduce(1))
-    return encode(x, scale, layout=layout, power_of_two=power_of_two, interpret=interpret), scale
+    """Codes and scales of the rows of an array in registers, of 16 bits a value or float32."""
+    scale = scale_of(largest(x, 1), power_of_two, interpret, layout.reduce(1))
+    how = {"power_of_two": power_of_two, "interpret": interpret, "narrow": x.dtype.itemsize == 2}
+    return encode(x.astype(jnp.float32), scale, layout=layout, **how), scale
 
 
 def quantize_rows(

@@ -1,4 +1,4 @@
-"""What the Hopper kernels tell the compiler about 16-bit values in registers, instruction by instruction."""
+"""What the Hopper kernels tell the compiler about values in registers, instruction by instruction."""
 
 import functools
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
-from jax._src.lib.mlir.dialects import llvm, vector
+from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.quantize.reference import round_to
@@ -32,6 +32,31 @@ def hide_16(x: Array, *, layout: Any, interpret: Any) -> Array:
     return x if interpret else _pointwise(_move, x.dtype, layout, x)
 
 
+def sigmoid(x: Array, *, layout: Any, interpret: Any) -> Array:
+    """Of float32 ``x`` in ``layout``.
+
+    A kernel's own ``1 / y`` is the same approximate reciprocal, and seven instructions that keep it right where ``y``
+    is above 2 ** 126: there, for ``x`` below -87.3, this is 0, that not yet.
+    """
+    over = 1.0 + jnp.exp(-x)
+    return 1.0 / over if interpret else _pointwise(approximate_reciprocal, jnp.float32, layout, over)
+
+
+def e4m3_where(keep: Array, x: Array, *, layout: Any) -> Array:
+    """The e4m3 codes of float32 ``x`` in ``layout``, an even number of neighbours a thread, and 0 where ``keep`` is.
+
+    ``keep`` is 0 or -1, the same for all neighbours of a thread: one instruction for four codes, not one a value.
+    """
+    return _pointwise(_kept_codes, jnp.float8_e4m3fn, layout, x, keep)
+
+
+def approximate_reciprocal(value: Any) -> Any:
+    """Of float32 registers, at most one unit in the last place off; 0 where it would be no normal number."""
+    if not isinstance(value.type, ir.VectorType):
+        return llvm.inline_asm(value.type, [value], "rcp.approx.ftz.f32 $0, $1;", "=f,f")
+    return vector.from_elements(value.type, [approximate_reciprocal(part) for part in _parts(value)])
+
+
 def _pointwise(function: Callable[..., Any], dtype: Any, layout: Any, *arrays: Array) -> Array:
     returned = plgpu.ShapeDtypeStruct(arrays[0].shape, dtype, layout=layout)
 
@@ -50,6 +75,21 @@ def _round_pairs(name: str, value: Any) -> Any:
     pairs = zip(parts[::2], parts[1::2], strict=True)
     words = [llvm.inline_asm(_i32(), [low, high], asm, "=r,f,f") for low, high in pairs]
     return _from_words(words, ir.VectorType.get([len(parts)], to))
+
+
+def _kept_codes(value: Any, keep: Any) -> Any:
+    parts, i16 = _parts(value), ir.IntegerType.get_signless(16)
+    asm = "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;"  # the second source goes to the lower half
+    pairs = [llvm.inline_asm(i16, list(pair), asm, "=h,f,f") for pair in zip(parts[::2], parts[1::2], strict=True)]
+    words = vector.from_elements(ir.VectorType.get([len(pairs)], i16), pairs)
+    mask, size = vector.extract(keep, dynamic_position=[], static_position=[0]), len(pairs)
+    if size % 2:
+        mask = arith.trunci(i16, mask)
+    else:
+        size //= 2
+        words = vector.bitcast(ir.VectorType.get([size], _i32()), words)
+    kept = arith.andi(words, vector.broadcast(words.type, mask))
+    return vector.bitcast(ir.VectorType.get([len(parts)], ir.Float8E4M3FNType.get()), kept)
 
 
 def _move(value: Any) -> Any:

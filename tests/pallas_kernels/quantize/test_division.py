@@ -74,3 +74,22 @@ def test_quotients_lie_on_the_right_side_of_every_boundary_between_codes(sixteen
         x = (middle.view(np.int32) + np.int32(units)).view(np.float32)
         got, true = division.corrected_quotient(Exact(), x, s, r), true_quotient(x, s)
         np.testing.assert_array_equal(np.sign(got - boundary), np.sign(true - boundary))
+
+
+@pytest.mark.parametrize("bits", [7, 10], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("units_below", range(1, 5))
+def test_quotients_of_16_bit_values_are_true_for_every_largest_magnitude(bits, units_below):
+    ops, significands = Exact(), (1 + np.arange(1 << bits) / (1 << bits)).astype(np.float32)
+    # The quotient of two numbers does not depend on their exponents; only tiles near zero have another scale.
+    x = np.concatenate([significands, significands / 2])[None]
+    s = division.scale_quotient(ops, significands)[:, None]
+    floor = true_quotient(np.float32([1e-4]), np.float32(E4M3_MAX))[:, None]
+    for given, scale in ((x, s), (x * np.float32(2.0**-14), floor)):
+        r = (true_quotient(np.ones_like(scale), scale).view(np.int32) - np.int32(units_below)).view(np.float32)
+        rest = division.rest_of_reciprocal(ops, scale, r)
+        assert (rest > 0).all()
+        got, true = division.quotient_of_16_bits(ops, given, r, rest), true_quotient(given, scale)
+        possible = np.broadcast_to(given <= np.float64(scale) * 449, got.shape)
+        np.testing.assert_array_equal(got[possible], true[possible])
+        zeros = division.quotient_of_16_bits(ops, np.float32([0.0, -0.0])[None], r, rest)
+        np.testing.assert_array_equal(np.signbit(zeros), np.broadcast_to([False, True], zeros.shape))
