@@ -22,7 +22,7 @@ from pallas_kernels import varying
 from pallas_kernels.quantize import pallas_sm90 as quantizer
 from pallas_kernels.quantize.pallas_sm90 import ROWS, WGMMA
 from pallas_kernels.quantize.reference import TILE, Tiles
-from pallas_kernels.quantize.registers import round_16
+from pallas_kernels.quantize.registers import round_16, sigmoid
 from pallas_kernels.quantize.tile_loop import F8, smem_tile, swizzled, tiles_of
 from pallas_kernels.swiglu_quantize.reference import SwigluGradients
 
@@ -85,14 +85,14 @@ def swiglu_backward_quantize(
             q_gate, q_up, dout16, gate_scale, up_scale, *weights = fetched
             gate, up = dequantized(q_gate, gate_scale), dequantized(q_up, up_scale)
             dout = dout16.astype(jnp.float32)
-            sigmoid = 1.0 / (1.0 + jnp.exp(-gate))
-            silu = gate * sigmoid
+            open_share = sigmoid(gate, layout=ROWS, interpret=interpret)
+            silu = gate * open_share
             out = silu * up
             here_m = rows_of(step)
             if weighted:
                 dweight_refs[0][ib, here_m] = jnp.sum(dout * out, axis=1)
                 dout, out = (x * along(weights[0]) for x in (dout, out))
-            results = dout * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), dout * silu, out
+            results = dout * up * open_share * (1.0 + gate * (1.0 - open_share)), dout * silu, out
             for number, wide_result in enumerate(results):
                 result = round_16(wide_result, dtype, layout=ROWS, interpret=interpret)
                 first = pl.multiple_of(mine + step * chunk, chunk)

@@ -11,7 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import varying
 from pallas_kernels.quantize import pallas_sm90 as quantizer
 from pallas_kernels.quantize.pallas_sm90 import ROWS
-from pallas_kernels.quantize.reference import TILE, Tiles, round_to
+from pallas_kernels.quantize.reference import TILE, Tiles
+from pallas_kernels.quantize.registers import round_16, sigmoid
 from pallas_kernels.quantize.tile_loop import Tiling, tiles_of
 
 
@@ -42,8 +43,8 @@ def swiglu_quantize(
         tiles = (ib, ib + i_tiles)
         gate, up = (plgpu.load(x_ref.at[here_m, columns(tile)], layout=ROWS, optimized=False) for tile in tiles)
         gate32, up32 = gate.astype(jnp.float32), up.astype(jnp.float32)
-        out = gate32 / (1.0 + jnp.exp(-gate32)) * up32
-        out = round_to(out, dtype) if interpret else out.astype(dtype)
+        out = gate32 * sigmoid(gate32, layout=ROWS, interpret=interpret) * up32
+        out = round_16(out, dtype, layout=ROWS, interpret=interpret)
         out_ref[here_m, columns(ib)], out_scale_ref[ib, here_m] = quantize(out)
         for tile, x in zip(tiles, (gate, up), strict=True):
             kept_ref[here_m, columns(tile)], kept_scale_ref[tile, here_m] = quantize(x)
