@@ -58,6 +58,7 @@ def quantize_and_pack(x_MK: Array, *, tiling: Tiling | None = None, interpret: A
         ],
         grid=(rows // block_rows * half,),
         grid_names=("tile",),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
     )
     made = [varying.like(out, x_MK) for out in kernel(x_MK)]

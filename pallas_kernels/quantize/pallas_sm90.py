@@ -6,7 +6,10 @@ comes to shared memory and is read transposed (``ldmatrix.trans``), so that a ti
 leave through shared memory. The row-wise form of the same input tile is read from there too. What is not of 16 bits
 passes through float16, which holds every e4m3 code exactly, to be transposed.
 
-The division is the true one, bit for bit, at the price of three products: see ``division``.
+The division is the true one, bit for bit, at the price of two or three products: see ``division``.
+
+Pallas would put a barrier before and after every store. What goes to global memory is not read here, and what goes to
+shared memory is committed before anybody reads it: only the kernel of weights has those barriers.
 """
 
 import functools
@@ -100,6 +103,7 @@ def quantize_rows(
         out_type=tiles_of(rows, dim_k),
         grid=(rows // block_rows * k_tiles,),
         grid_names=("tile",),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
     )
     return Tiles(*(varying.like(made, x_MK) for made in kernel(x_MK)))
@@ -175,6 +179,7 @@ def requantize_columns(
     def work(tile: Tile, _: Any, __: Any, q_ref: Any, scale_ref: Any) -> None:
         turned, layout = tile.kept["turned"], plgpu.Layout.WGMMA_8BIT
         turned[...] = plgpu.load(tile.smem("x"), layout=layout).astype(jnp.float16)
+        plgpu.commit_smem()
         along = plgpu.load(tile.smem("x_scale"), layout=WGMMA.reduce(0))
         x = plgpu.load(turned.T, layout=WGMMA).astype(jnp.float32) * lax.broadcast_in_dim(along, (TILE, TILE), [1])
         q, scale = quantize(x, layout=WGMMA)
@@ -244,6 +249,7 @@ def quantize_weight(
         fetch=fetch,
         work=work,
         tiling=tiling,
+        barriers=True,
         interpret=interpret,
         **options,
     )

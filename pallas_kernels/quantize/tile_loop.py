@@ -92,10 +92,13 @@ def walk(
     fetch: Callable[..., None],
     work: Callable[..., None],
     tiling: Tiling,
+    barriers: bool = False,
     sm_count: int = dispatch.HOPPER_SM_COUNT,
     interpret: Any = None,
 ) -> list[Array]:
     """Runs ``work(tile, *operand_refs, *out_refs)`` on every tile of ``grid``.
+
+    ``work`` ends with ``send``, or ``barriers`` is set: only then is everyone done with a stage that is filled again.
 
     Args:
         operands: arrays in global memory.
@@ -106,6 +109,8 @@ def walk(
         fetch: ``fetch(tile, *operand_refs, *out_refs)`` starts one copy to each staged buffer.
         work: what is done with a tile once they are full.
         tiling: stages and thread blocks for each SM are taken from it.
+        barriers: whether Pallas puts one before and after every store. Without, ``work`` commits what it leaves in
+            shared memory before another thread reads it, and global memory is written only.
         sm_count: streaming multiprocessors.
         interpret: parameters of the interpreter; None compiles for the GPU.
     """
@@ -143,6 +148,7 @@ def walk(
         scratch_types={**staged, **kept, "full": plgpu.Barrier(num_arrivals=len(staged), num_barriers=stages)},
         grid=(num_blocks,),
         grid_names=("block",),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=not barriers),
         interpret=interpret,
     )
     return [varying.like(made, *operands) for made in kernel(*operands)]

@@ -28,8 +28,7 @@ from pallas_kernels.swiglu_quantize.reference import SwigluGradients
 
 WARPGROUPS = 2
 CHUNK = 16
-"""Rows that a warpgroup computes at once, a multiple of 8. With 16 their registers leave an SM one thread block, yet an
-H200 is faster: 367 us at ``bench_3b``'s shape, 436 with 8 and two blocks."""
+"""Rows that a warpgroup computes at once, a multiple of 8."""
 
 _SHARE = TILE // WARPGROUPS
 

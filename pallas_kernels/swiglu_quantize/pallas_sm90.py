@@ -54,6 +54,7 @@ def swiglu_quantize(
         out_type=[*tiles_of(rows, both // 2), *tiles_of(rows, both)],
         grid=(rows // block_rows * i_tiles,),
         grid_names=("tile",),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
     )
     made = [varying.like(out, gate_up_MF) for out in kernel(gate_up_MF)]
