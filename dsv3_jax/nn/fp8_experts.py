@@ -1,5 +1,6 @@
 """Experts in FP8: both products and the SwiGLU between them as one function, whose backward keeps 8 bits a value."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -35,13 +36,17 @@ def fp8_experts(
 ) -> Float[Array, "R D"]:
     """One rank's routed experts, :func:`dsv3_jax.nn.experts.swiglu_experts` in FP8.
 
+    Who brings tiles has them from where shared experts have theirs, which then also see the same gradient of the
+    output: it is quantized as theirs, so that XLA finds the two alike and makes one.
+
     Raises:
         ValueError: blocks of other than 128 rows, which share their scales in the weight gradient.
     """
     if plan.block != ROWS:
         raise ValueError(f"fp8_experts: rows of an expert come in blocks of {ROWS}, got {plan.block}")
+    choices, shared = _Choices(weights_RK, plan), isinstance(x, Quantized)
     tokens = x if isinstance(x, Quantized) else quantize(x, power_of_two=True)
-    return _network(tokens.source, tokens.tiles, *params, _Choices(weights_RK, plan))
+    return _network(tokens.source, tokens.tiles, *params, choices, shared)
 
 
 def expert_network(x: Quantized, gate_up: FP8Weight, down: FP8Weight) -> Float[Array, "*rows D"]:
@@ -52,7 +57,7 @@ def expert_network(x: Quantized, gate_up: FP8Weight, down: FP8Weight) -> Float[A
     """
     if not x.power_of_two:
         raise ValueError("expert_network: x must be quantized with power_of_two = True")
-    return _network(x.source, x.tiles, gate_up, down, None)
+    return _network(x.source, x.tiles, gate_up, down, None, True)
 
 
 class _Choices(NamedTuple):
@@ -80,19 +85,22 @@ class _Kept(NamedTuple):
     choices: _Choices | None
 
 
-@jax.custom_vjp
-def _network(source: Array, tiles: Tiles, gate_up: FP8Weight, down: FP8Weight, choices: _Choices | None) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _network(
+    source: Array, tiles: Tiles, gate_up: FP8Weight, down: FP8Weight, choices: _Choices | None, shared: bool
+) -> Array:
     """One expert on all tokens, or each token's sum over the experts that it chose.
 
     Tokens, and the gradients of what they sum up to, are quantized once, with scales that are powers of two, and then
     sorted (spec 11.3). A gate value multiplies the scales of what the down projection reads.
     """
-    return _forward(source, tiles, gate_up, down, choices)[0]
+    return _forward(source, tiles, gate_up, down, choices, shared)[0]
 
 
 def _forward(
-    source: Array, tiles: Tiles, gate_up: FP8Weight, down: FP8Weight, choices: _Choices | None
+    source: Array, tiles: Tiles, gate_up: FP8Weight, down: FP8Weight, choices: _Choices | None, shared: bool
 ) -> tuple[Array, _Kept]:
+    del shared
     rows, groups = (tiles, None) if choices is None else (permute_tiles(tiles, choices.plan), choices.groups)
     hidden_MF = gemm(rows, gate_up.forward, groups, source.dtype)[:, : gate_up.shape[-1]]
     # The first is what a recomputed down product reads, the second what the backward keeps.
@@ -106,7 +114,7 @@ def _forward(
     return unpermute(y_MD, None, choices.plan), kept
 
 
-def _backward(kept: _Kept, dy: Array) -> tuple[Array, None, FP8Weight, FP8Weight, _Choices | None]:
+def _backward(shared: bool, kept: _Kept, dy: Array) -> tuple[Array, None, FP8Weight, FP8Weight, _Choices | None]:
     tiles, stored, gate_up, down, choices = kept
     dim_d, width, experts = dy.shape[-1], stored.q.shape[1], gate_up.q.shape[0]
     dy_MD = dy.reshape(-1, dim_d)
@@ -115,7 +123,11 @@ def _backward(kept: _Kept, dy: Array) -> tuple[Array, None, FP8Weight, FP8Weight
         dy_rows, dy_columns = quantize_both(pad_to_tiles(dy_MD, 2), power_of_two=True)
     else:
         rows, groups, weight_M = permute_tiles(tiles, choices.plan), choices.groups, choices.weight_M
-        dy_rows = permute_tiles(quantize_rows(pad_rows(dy_MD), power_of_two=True), choices.plan)
+        if shared:
+            dy_tokens, _ = quantize_both(pad_to_tiles(dy_MD, 2), power_of_two=True)
+        else:
+            dy_tokens = quantize_rows(pad_rows(dy_MD), power_of_two=True)
+        dy_rows = permute_tiles(dy_tokens, choices.plan)
         dy_columns = requantize_columns(*dy_rows, power_of_two=True)
     dout_MI = gemm(dy_rows, down, groups, dy.dtype)[:, : width // 2]
     dh_rows, dh_columns, activated_columns, dweight_M = swiglu_backward_quantize(stored, dout_MI, weight_M)
