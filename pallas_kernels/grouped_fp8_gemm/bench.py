@@ -23,6 +23,7 @@ def tilings(case: cases.Case) -> list[Tiling]:
     made = [TABLES[case.operation][0][0]]
     if case.operation == "wgrad":
         made += [
+            Tiling(unroll=1, cluster=2, share="a"),
             Tiling(block_n=192, unroll=1, store_slots=3),
             Tiling(block_n=192, unroll=1, cluster=2, share="a", store_slots=3),
             Tiling(unroll=1, cluster=2),
