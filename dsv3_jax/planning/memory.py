@@ -181,10 +181,10 @@ def _plan(config: Config, sizes: dict[str, int], work: Work, micro_batches: int,
     kinds = [("dense", False)] * (model.n_dense_layers > 0) + [("moe", True)] * (model.n_moe_layers > 0)
     kept = {name: kept_by_block(model, work, train.remat, moe=moe) for name, moe in kinds}
     average = 4 * weights.share if train.ema_decay else 0
-    # A share of it travels at a time: one that comes up or is about to be folded in, and room for one that goes down.
-    travels = average // train.ema_every
-    host = {"EMA": average, "a share of it on its way": travels}
-    step = {"gathered weights": _held(weights, sizes), "EMA: copied parameters and a share": average + travels}
+    # One share of it travels down; one has come up and one is coming.
+    share = average // train.ema_every
+    host = {"EMA": average, "a share of it on its way": share}
+    step = {"gathered weights": _held(weights, sizes), "EMA: copied parameters, two shares": average + 2 * share}
     if sizes["pipe"] > 1:
         ticks = carried_by_ticks(config, work, stages, weights.whole)
         ticks |= pass_at_work(config, work)
@@ -215,7 +215,7 @@ def _plan(config: Config, sizes: dict[str, int], work: Work, micro_batches: int,
         late = cast if again else {}
         step |= carried
         step |= max(cast | backward, late | made | layer_at_work(config, work), late | carried | update, key=size_of)
-        first = ("gathered weights", "EMA: copied parameters and a share", "gradients", "weights, cast")
+        first = ("gathered weights", "EMA: copied parameters, two shares", "gradients", "weights, cast")
         step = dict.fromkeys((name for name in first if name in step), 0) | step
     else:
         step |= cast | whole | max(backward, update, key=size_of)

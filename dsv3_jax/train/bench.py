@@ -215,7 +215,8 @@ def time_steps(
     warmup: int,
     follow: Callable[[TrainState, Metrics], None] | None = None,
 ) -> tuple[TrainState, list[float], list[Metrics]]:
-    """Runs ``warmup + steps`` steps on batches that are cycled, one step in flight as in a run.
+    """Runs ``warmup + steps`` steps on batches that are cycled, one step in flight and the next batch
+    on the devices as in a run.
 
     ``follow`` is called with what each step gave, before the next.
 
@@ -223,9 +224,11 @@ def time_steps(
         The last state, the seconds between the ends of each two steps, and the metrics of every step.
     """
     ends, seen = [], []
+    ahead = step.place(batches[0], state.step + 1, state.tokens)
     for i in range(warmup + steps + 1):
         if i < warmup + steps:
-            state, metrics = step(state, batches[i % len(batches)])
+            batch, ahead = ahead, step.place(batches[(i + 1) % len(batches)], ahead.step + 1, ahead.seen)
+            state, metrics = step(state, batch)
             seen.append(metrics)
             if follow is not None:
                 follow(state, metrics)

@@ -164,7 +164,7 @@ def pass_times(step: TrainStep, state: TrainState) -> dict[str, float]:
     if pipeline is None:
         raise ValueError("a step without a pipeline has no passes to time")
     batch = random_batches(step.config, 1)[0]
-    (arrays, tokens, _), scalars = step.arguments(state, batch)
+    arrays, tokens, scalars = step.arguments(state, batch)
     until: dict[str, list[float]] = {}
     for name, most in (("1f1b", 2), ("zb1p", 3)):
         rows, _ = pipeline.rows(step_table(_scheduled(step.config, name), step.most_micro_batches))

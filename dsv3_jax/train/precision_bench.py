@@ -15,10 +15,10 @@ from jaxtyping import Float
 from dsv3_jax.config import Config, replace
 from dsv3_jax.data import Data, prepare_data
 from dsv3_jax.train import schedule
+from dsv3_jax.train.batches import Batches, without_padding
 from dsv3_jax.train.plots import write_precision_plot
 from dsv3_jax.train.state import config_mesh, init_state
 from dsv3_jax.train.step import make_eval_step, make_train_step
-from dsv3_jax.train.trainer import without_padding
 
 EMA = 0.9
 """Coefficient of the average that losses are smoothed by before they are compared."""
@@ -128,14 +128,14 @@ def _run(
     state, step = init_state(config, mesh), make_train_step(config, mesh)
     stream = data.train_rows(0, 1, None)
     total, pad = schedule.total_steps(config), data.tokenizer.pad_id
+    batches = Batches(config, stream, step, pad)
     losses: list[float] = []
     waiting: deque[Any] = deque()
     begin, first_tokens = 0.0, 0
     say(f"{name}: compiling")
     try:
         while state.step < total:
-            rows = stream.take(schedule.batch_size(config, state.tokens))
-            state, metrics = step(state, without_padding(rows, pad))
+            state, metrics = step(state, batches.take(state, last=state.step + 1 == total))
             waiting.append(metrics["loss"])
             if state.step == 1:
                 jax.block_until_ready(metrics["loss"])

@@ -46,8 +46,7 @@ def random_batches(config: Config, count: int = 4) -> list[np.ndarray]:
 
 def compile_step(step: TrainStep, state: TrainState, batch: np.ndarray, *, for_trace: bool = False) -> Any:
     """The step's program, compiled for these arguments; ``for_trace`` so that a trace tells its operations apart."""
-    arguments, _ = step.arguments(state, batch)
-    lowered = step.jitted.lower(*arguments)
+    lowered = step.jitted.lower(*step.arguments(state, batch))
     if not for_trace:
         return lowered.compile()
     with own_names():

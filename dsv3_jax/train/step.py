@@ -1,6 +1,7 @@
 """The training step: one ``jax.jit`` holding one ``jax.shard_map`` over the whole mesh (design: one device is the mesh
 (1, 1, 1), not a second path), and the evaluation step."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -39,11 +40,27 @@ class _Scalars(NamedTuple):
     """Rows of the pipeline's table and how many count: see :meth:`~dsv3_jax.train.pipeline.Pipeline.rows`."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of one step on the devices, and what the host decided for it."""
+
+    tokens: jax.Array
+    """int32 [micro-batches, sequences of one, T + 1], shared out like the step's work."""
+    scalars: _Scalars
+    """Everywhere the same."""
+    step: int
+    """The step's number, from 1."""
+    seen: int
+    """Tokens after it."""
+    learning_rate: float
+
+
 class TrainStep:
     """``(state, rows) -> (state, metrics)``; the given state's buffers are used up.
 
-    ``rows`` are int32 [n, T + 1] on the host: this process's share of the step's sequences, padding negative. The
-    program is compiled once: a batch-size ramp changes how many micro-batches a loop runs, not its shapes.
+    ``rows`` are int32 [n, T + 1] on the host: this process's share of the step's sequences, padding negative; or a
+    :class:`Batch` that :meth:`place` made of them. The program is compiled once: a batch-size ramp changes how many
+    micro-batches a loop runs, not its shapes.
 
     Metrics are device arrays, so that reading them is the caller's choice: ``loss`` (main cross entropy, nats),
     ``mtp_loss``, ``balance_loss``, ``grad_norm`` (before clipping), ``max_vio``, ``expert_load`` [routers, E] (1 is
@@ -73,18 +90,24 @@ class TrainStep:
         self.program = self.jitted
         """What a call runs: ``jitted``, or a program that was compiled from it."""
 
-    def __call__(self, state: TrainState, rows: Int32[np.ndarray, "n T1"]) -> tuple[TrainState, Metrics]:
-        """One optimizer step."""
-        sequences = rows.shape[0] * jax.process_count()
-        arguments, scalars = self.arguments(state, rows)
-        arrays, metrics = self.program(*arguments)
-        consumed = state.tokens + sequences * self.config.train.seq_len
-        state = TrainState(**arrays, step=state.step + 1, tokens=consumed)
-        metrics |= {"lr": float(scalars.learning_rate), "step": state.step, "tokens": state.tokens}
+    def __call__(self, state: TrainState, rows: "Int32[np.ndarray, 'n T1'] | Batch") -> tuple[TrainState, Metrics]:
+        """One optimizer step.
+
+        Raises:
+            ValueError: a batch that was placed for another step.
+        """
+        batch = rows if isinstance(rows, Batch) else self.place(rows, state.step + 1, state.tokens)
+        if batch.step != state.step + 1:
+            raise ValueError(f"a batch for step {batch.step} was given to step {state.step + 1}")
+        arrays, metrics = self.program(state.arrays(), batch.tokens, batch.scalars)
+        state = TrainState(**arrays, step=batch.step, tokens=batch.seen)
+        metrics |= {"lr": batch.learning_rate, "step": state.step, "tokens": state.tokens}
         return state, metrics
 
-    def arguments(self, state: TrainState, rows: Int32[np.ndarray, "n T1"]) -> tuple[tuple[Any, Any, Any], _Scalars]:
-        """What the compiled program is called with, and the scalars among it.
+    def place(self, rows: Int32[np.ndarray, "n T1"], step: int, tokens: int) -> "Batch":
+        """Sends the rows of step number ``step``, before which ``tokens`` tokens were seen, to the devices, and what
+        the host decides for it. A run does so before the step before it: on the bus, what is small waits for what is
+        large, such as the moving average's shares, and a step for both.
 
         Raises:
             ConfigError: rows that do not make whole micro-batches, or of another length than ``train.seq_len`` + 1.
@@ -101,9 +124,23 @@ class TrainStep:
             )
         micro = rows.reshape(count, per_micro, -1)
         micro = np.pad(micro, ((0, self.most_micro_batches - count), (0, 0), (0, 0)), constant_values=-1)
-        sharding = NamedSharding(self.mesh, _ROWS)
-        scalars = self._scalars(state.step + 1, state.tokens, count)
-        return (state.arrays(), jax.make_array_from_process_local_data(sharding, micro), scalars), scalars
+        scalars, everywhere = self._scalars(step, tokens, count), NamedSharding(self.mesh, P())
+        return Batch(
+            tokens=jax.make_array_from_process_local_data(NamedSharding(self.mesh, _ROWS), micro),
+            scalars=jax.tree.map(lambda one: jax.make_array_from_process_local_data(everywhere, one), scalars),
+            step=step,
+            seen=tokens + rows.shape[0] * jax.process_count() * config.train.seq_len,
+            learning_rate=float(scalars.learning_rate),
+        )
+
+    def arguments(self, state: TrainState, rows: Int32[np.ndarray, "n T1"]) -> tuple[Any, Any, _Scalars]:
+        """What the compiled program is called with.
+
+        Raises:
+            ConfigError: as :meth:`place`.
+        """
+        batch = self.place(rows, state.step + 1, state.tokens)
+        return state.arrays(), batch.tokens, batch.scalars
 
     def abstract_arguments(self) -> tuple[Any, Any, _Scalars]:
         """Shapes, dtypes and places of what the program is called with for a whole batch; nothing is allocated."""

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Float, Int64
 from rich.console import Console
 
 from dsv3_jax.checkpoint import (
@@ -31,6 +31,7 @@ from dsv3_jax.data.baselines import predicted_bytes
 from dsv3_jax.interop.pretrained import load_into
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.train import schedule
+from dsv3_jax.train.batches import Batches, without_padding
 from dsv3_jax.train.ema import MovingAverage, abstract_average
 from dsv3_jax.train.finish import summarize
 from dsv3_jax.train.hosts import sign_folder, together
@@ -183,6 +184,7 @@ class _Session:
         self.first_step = self.saved_step = self.state.step
         self.stream: RowStream = self.data.train_rows(jax.process_index(), jax.process_count(), saved)
         self.train_step = make_train_step(config, self.mesh)
+        self.batches = Batches(config, self.stream, self.train_step, self.data.tokenizer.pad_id)
         self.eval_step = make_eval_step(config, self.mesh)
         self.val_rows = without_padding(self.data.validation_rows, self.data.tokenizer.pad_id)
         self.queue = MetricsQueue(config.train.log_every)
@@ -261,8 +263,8 @@ class _Session:
         began = time.perf_counter()
         while self.state.step < last_step and not self._asked_to_stop():
             before, compiling = self.state.tokens, self.state.step == self.first_step
-            rows = self.stream.take(schedule.batch_size(self.config, before))
-            self.state, metrics = self.train_step(self.state, without_padding(rows, self.data.tokenizer.pad_id))
+            batch = self.batches.take(self.state, last=self.state.step + 1 == last_step)
+            self.state, metrics = self.train_step(self.state, batch)
             if self.average is not None:
                 self.average.follow(self.state, metrics)
             step = self.state.step
@@ -352,7 +354,7 @@ class _Session:
             plain_state(self.config, self.state, self.mesh).arrays() | average,
             step=step,
             tokens=self.state.tokens,
-            data=_of_all_processes(self.stream.state()),
+            data=_of_all_processes(self.batches.position()),
             val_bpb=self.val_bpb,
             extra={"seconds": self.seconds, "name": self.config.name},
         )
@@ -398,11 +400,6 @@ def _closing(files: RunFiles) -> Iterator[None]:
             files.close()
         raise
     files.close()
-
-
-def without_padding(rows: Int32[np.ndarray, "n T1"], pad_id: int) -> Int32[np.ndarray, "n T1"]:
-    """Rows as the step takes them: padding is negative, so that no token of the vocabulary stands for it."""
-    return np.where(rows == pad_id, np.int32(-1), rows)
 
 
 def _of_all_processes(state: dict[str, Any]) -> dict[str, Any]:

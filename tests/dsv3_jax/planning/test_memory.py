@@ -376,8 +376,8 @@ def test_the_moving_average_is_in_host_memory_and_what_it_is_made_of_on_the_devi
     assert plan.state == without.state
     share = plan.state["masters"]
     assert plan.host == {"EMA": share, "a share of it on its way": share // 4}
-    travelling = plan.step["EMA: copied parameters and a share"]
-    assert travelling == plan.temporaries - without.temporaries == share + share // 4
+    travelling = plan.step["EMA: copied parameters, two shares"]
+    assert travelling == plan.temporaries - without.temporaries == share + 2 * (share // 4)
     config = micro.config(**changes | {"train": changes["train"] | {"ema_decay": 0.9}})
     state = abstract_state(config)
     assert local_bytes(abstract_average(config)) == local_bytes(state.params) == share

@@ -169,7 +169,7 @@ def calls(monkeypatch):
 
 def test_a_step_quantizes_each_weight_once_outside_its_loop_over_micro_batches(calls):
     step, state = make_train_step(CONFIG), micro.train_state(CONFIG)
-    jaxpr = jax.make_jaxpr(step.jitted)(*step.arguments(state, ROWS)[0])
+    jaxpr = jax.make_jaxpr(step.jitted)(*step.arguments(state, ROWS))
     assert len(calls) == sum(in_fp8(path) for path in paths(state.params)) == 6
     assert "while" in str(jaxpr), "micro-batches are a loop"
 

@@ -26,8 +26,7 @@ CHOICES = [("fp32", "none", "padded"), ("fp32", "none", "ring"), ("fp8", "paper"
 def traced(config):
     """The step's jaxpr."""
     step, state = make_train_step(config), abstract_state(config)
-    arguments, _ = step.arguments(state, np.zeros((16, config.train.seq_len + 1), np.int32))
-    return jax.make_jaxpr(step.jitted)(*arguments)
+    return jax.make_jaxpr(step.jitted)(*step.arguments(state, np.zeros((16, config.train.seq_len + 1), np.int32)))
 
 
 class _Seen(Exception):

@@ -223,7 +223,7 @@ def test_scalars_of_the_step_follow_consumed_tokens():
     step = make_train_step(config)
     state = TrainState({}, {}, {}, jnp.zeros((), jnp.int32), step=2, tokens=96)
     later = TrainState({}, {}, {}, jnp.zeros((), jnp.int32), step=3, tokens=97)
-    found = [step.arguments(s, ROWS[:4])[1] for s in (state, later)]
+    found = [step.arguments(s, ROWS[:4])[2] for s in (state, later)]
     assert [float(s.learning_rate) for s in found] == [0.75, 1.0]
     assert [float(s.mtp_weight) for s in found] == pytest.approx([0.3, 0.1])
     assert [float(s.bias_update_speed) for s in found] == pytest.approx([0.3, 0.1])
@@ -289,7 +289,7 @@ def test_balance_without_a_loss_works_in_a_short_run():
     for gamma in (0.0, 0.02):
         state, loads = state_of(CONFIG, router_bias=unbiased), []
         for rows in batches:
-            (arrays, tokens, scalars), _ = step.arguments(state, rows)
+            arrays, tokens, scalars = step.arguments(state, rows)
             scalars = scalars._replace(bias_update_speed=np.float32(gamma), learning_rate=np.float32(0.05))
             arrays, metrics = step.jitted(arrays, tokens, scalars)
             state = TrainState(**arrays, step=0, tokens=0)

@@ -26,6 +26,7 @@ from dsv3_jax.config import ConfigError, Segment, load_config, replace, to_toml
 from dsv3_jax.model import split_model
 from dsv3_jax.train import finish, trainer
 from dsv3_jax.train.ema import abstract_average
+from dsv3_jax.train.step import TrainStep
 from dsv3_jax.train.trainer import RunError, train
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -207,19 +208,14 @@ class _At:
     """A training step that does something before one of its steps."""
 
     def __init__(self, monkeypatch, step, action):
-        make = trainer.make_train_step
+        call = TrainStep.__call__
 
-        def wrapped(config, mesh):
-            inner = make(config, mesh)
+        def acting(self, state, rows):
+            if state.step + 1 == step:
+                action()
+            return call(self, state, rows)
 
-            def call(state, rows):
-                if state.step + 1 == step:
-                    action()
-                return inner(state, rows)
-
-            return call
-
-        monkeypatch.setattr(trainer, "make_train_step", wrapped)
+        monkeypatch.setattr(TrainStep, "__call__", acting)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -337,16 +333,13 @@ def test_non_finite_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoin
 
 def test_weights_that_give_no_finite_loss_are_not_saved(config, tmp_path, monkeypatch):
     ruin = functools.partial(jax.tree.map, lambda leaf: leaf * np.nan)
-    make = trainer.make_train_step
+    call = TrainStep.__call__
 
-    def broken(config, mesh):
-        def step(state, rows):
-            state, metrics = make(config, mesh)(state, rows)
-            return (dataclasses.replace(state, params=ruin(state.params)) if state.step == 6 else state), metrics
+    def broken(self, state, rows):
+        state, metrics = call(self, state, rows)
+        return (dataclasses.replace(state, params=ruin(state.params)) if state.step == 6 else state), metrics
 
-        return step
-
-    monkeypatch.setattr(trainer, "make_train_step", broken)
+    monkeypatch.setattr(TrainStep, "__call__", broken)
     run, printed = _train(replace(config, train={"checkpoint_every": 3}), tmp_path / "run", stop_after=6)
     assert [path.name for path in list_checkpoints(run.out / "checkpoints")] == ["3"]
     assert "step 6: not saved, its loss or gradient is not finite" in printed
