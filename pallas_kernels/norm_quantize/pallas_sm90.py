@@ -78,7 +78,7 @@ def norm_quantize(
             y = x32 * inverse * lax.broadcast_in_dim(weight, shape, [1, 2])
             rounded = round_16(y, dtype, layout=ROWS_OF_TILES, interpret=interpret)
             y = rounded.astype(jnp.float32)
-            amax = quantizer.largest(rounded, 2)
+            amax = quantizer.largest(rounded, layout=ROWS_OF_TILES, interpret=interpret)
             scale = quantizer.scale_of(amax, power_of_two, interpret, ROWS_OF_TILES.reduce(2))
             how = {"power_of_two": power_of_two, "interpret": interpret, "narrow": True}
             q = quantizer.encode(y, scale, layout=ROWS_OF_TILES, **how)

@@ -44,7 +44,9 @@ def quantize_and_pack(x_MK: Array, *, tiling: Tiling | None = None, interpret: A
         for tile, narrow in zip(tiles, loaded, strict=True):
             here, x = (here_m, columns(tile)), narrow.astype(jnp.float32)
             q_ref[here], scale_ref[tile, here_m] = quantize(narrow)
-            packed_scale_ref[tile, here_m] = scale = e5m6.scale_e5m6(pallas_sm90.largest(narrow, 1))
+            packed_scale_ref[tile, here_m] = scale = e5m6.scale_e5m6(
+                pallas_sm90.largest(narrow, layout=ROWS, interpret=interpret)
+            )
             codes.append(e5m6.scaled_code_e5m6(x, lax.broadcast_in_dim(scale, x.shape, [0])))
             packed_ref[here] = codes[-1].astype(jnp.uint8)
         packed_ref[here_m, columns(2 * half + kb)] = e5m6.high_bits(*codes).astype(jnp.uint8)

@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import dispatch, varying
 from pallas_kernels.quantize import division, reference
 from pallas_kernels.quantize.reference import AMAX_FLOOR, TILE, Tiles
-from pallas_kernels.quantize.registers import e4m3_where
+from pallas_kernels.quantize.registers import e4m3_where, largest_of_row
 from pallas_kernels.quantize.tile_loop import F8, OUTBOX, Tile, Tiling, send, smem_tile, tiles_of, walk
 
 _HALF = TILE // 2
@@ -72,14 +72,16 @@ def encode(x: Array, scale: Array, *, layout: Any, power_of_two: bool, interpret
     return e4m3_where(along(jnp.where(finite, jnp.int32(-1), jnp.int32(0))), quotient, layout=layout)
 
 
-def largest(x: Array, axis: int) -> Array:
-    """The largest magnitude in float32, two values of 16 bits an instruction where ``x`` has them."""
-    return jnp.max(jnp.abs(x), axis=axis).astype(jnp.float32)
+def largest(x: Array, *, layout: Any, interpret: Any) -> Array:
+    """The largest magnitude of each row in float32, two values of 16 bits an instruction where ``x`` has them."""
+    if x.dtype.itemsize == 2 and layout != WGMMA and not interpret:
+        return largest_of_row(x, layout=layout)
+    return jnp.max(jnp.abs(x), axis=x.ndim - 1).astype(jnp.float32)
 
 
 def quantize_tile(x: Array, *, layout: Any, power_of_two: bool, interpret: Any) -> tuple[Array, Array]:
     """Codes and scales of the rows of an array in registers, of 16 bits a value or float32."""
-    scale = scale_of(largest(x, 1), power_of_two, interpret, layout.reduce(1))
+    scale = scale_of(largest(x, layout=layout, interpret=interpret), power_of_two, interpret, layout.reduce(1))
     how = {"power_of_two": power_of_two, "interpret": interpret, "narrow": x.dtype.itemsize == 2}
     return encode(x.astype(jnp.float32), scale, layout=layout, **how), scale
 
