@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
+from pallas_kernels import dispatch
+from pallas_kernels.once import once
+from pallas_kernels.permute import gather_sm90
 from pallas_kernels.permute.plan import Plan
 from pallas_kernels.quantize.reference import Tiles
 
@@ -102,7 +105,7 @@ def permute(x_TD: Shaped[Array, "T D"], plan: Plan) -> Shaped[Array, "M D"]:
 
 
 @jax.named_scope("permute")
-def permute_tiles(tiles: Tiles, plan: Plan) -> Tiles:
+def permute_tiles(tiles: Tiles, plan: Plan, *, implementation: dispatch.Implementation = "auto") -> Tiles:
     """The 1 x 128 tiles of :func:`permute`'s rows, from those of the tokens: ``q [M, D]``, ``scale [KB, M]``.
 
     A row's tiles are its own, so that this is :func:`permute` and a quantizer after it to the bit, but each token is
@@ -111,14 +114,19 @@ def permute_tiles(tiles: Tiles, plan: Plan) -> Tiles:
     Args:
         tiles: of at least the plan's tokens; rows after those are zeros.
         plan: where the rows go.
+        implementation: ``"xla"``, ``"pallas"`` (Hopper, D a multiple of 128) or ``"auto"``.
 
     Raises:
-        ValueError: the plan was made for more tokens.
+        ValueError: the plan was made for more tokens, or the implementation asked for cannot run.
     """
     tokens, token_M = plan.row_of_pair_TK.shape[0], plan.token_of_row_M
     if tiles.q.shape[0] < tokens:
         raise ValueError(f"permute_tiles: the plan is for {tokens} tokens, the tiles are of {tiles.q.shape[0]}")
-    return Tiles(_copy_rows(tiles.q, token_M), tiles.scale.at[:, token_M].get(mode="fill", fill_value=1))
+    scale = tiles.scale.at[:, token_M].get(mode="fill", fill_value=1)
+    obstacle = gather_sm90.obstacle(tiles.q, token_M)
+    if dispatch.choose("permute_tiles", implementation, {"pallas": obstacle}) == "xla":
+        return Tiles(_copy_rows(tiles.q, token_M), scale)
+    return Tiles(once(gather_sm90.copy_rows)(tiles.q, token_M), scale)
 
 
 @jax.named_scope("permute")
