@@ -32,6 +32,7 @@ _PRODUCT_KERNEL = re.compile(r"nvjet|gemm|cutlass|xmma|cublas|^fp8x?8?_", re.IGN
 _ATTENTION_KERNEL = re.compile(r"cudnn.*sdpa|cudnn::fusion|flash", re.IGNORECASE)
 _NUMBER = re.compile(r"[._]\d+$")
 _COLLECTIVE = re.compile(r"^(all-reduce|all-gather|all-to-all|reduce-scatter|collective|ragged-all|send|recv)")
+_ATTENTION = {"attend", "dot_product_attention_fwd", "dot_product_attention_bwd"}
 _PRODUCTS = {"dot_general", "fp8_gemm"}
 _QUANTIZERS = {"quantizer", "swiglu_quantize", "swiglu_backward_quantize"}
 _ROUTING = {"router", "permute", "dispatch", "combine", "sort", "argsort", "searchsorted", "top_k", "bincount"}
@@ -86,7 +87,7 @@ def kind_of(event: Event, instruction: Instruction | None) -> str:
     own, *inner = [set(_WORD.findall(name)) for name in instruction.op_names]
     if "optimizer" in own or any("optimizer" in words for words in inner):
         return "optimizer"
-    if "attend" in own:
+    if own & _ATTENTION:
         return "attention"
     if "grouped_gemm" in own and "cast" not in own:
         return "expert GEMM"

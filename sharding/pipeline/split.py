@@ -7,6 +7,7 @@ Nothing is computed twice but reshapes and what comes from weights alone.
 """
 
 import collections
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -223,12 +224,18 @@ def _without_calls(jaxpr: Jaxpr) -> Callable[..., Arrays]:
         for eqn in jaxpr.eqns:
             arguments = [var.val if isinstance(var, Literal) else known[var] for var in eqn.invars]
             inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
-            with eqn.ctx.manager:
+            with eqn.ctx.manager, _scope(eqn):
                 found = run(inner, *arguments) if inner is not None else _summed_after(eqn, arguments)
             known |= dict(zip(eqn.outvars, found, strict=True))
         return [var.val if isinstance(var, Literal) else known[var] for var in jaxpr.outvars]
 
     return lambda *values: run(jaxpr, *values)
+
+
+def _scope(eqn: JaxprEqn) -> contextlib.AbstractContextManager[object]:
+    """The named scopes that an equation lies in, by which a profile tells the parts of a step."""
+    name = str(eqn.source_info.name_stack)
+    return jax.named_scope(name) if name else contextlib.nullcontext()
 
 
 def _summed_after(eqn: JaxprEqn, arguments: Arrays) -> Arrays:

@@ -128,3 +128,22 @@ def test_input_gradients_are_not_computed_again_for_the_weights():
         text = str(jax.make_jaxpr(program)(WEIGHTS, GIVEN, *arguments))
         products.append(text.count("dot_general["))
     assert products[0] == products[1] + products[2]
+
+
+def test_what_is_put_off_keeps_the_scopes_it_lies_in():
+    @jax.jit
+    def product(weight, x):
+        return jnp.sin(x @ weight)
+
+    def scoped(weights, given, x):
+        with jax.named_scope("experts"):
+            return product(weights[0], x), None
+
+    weights, x = (draw(4, 5),), draw(3, 4, seed=1)
+    parts = in_parts(scoped, weights, None, x)
+    *_, kept = parts.forward(weights, None, x)
+    *_, deferred = parts.backward_input(weights, None, kept, draw(3, 5, seed=2))
+    late = jax.make_jaxpr(parts.weight_gradient)(weights, None, deferred)
+    products = [eqn for eqn in late.eqns if eqn.primitive.name == "dot_general"]
+    assert products
+    assert all("experts" in str(eqn.source_info.name_stack) for eqn in products)
