@@ -11,7 +11,8 @@ import pytest
 from dsv3_jax.checkpoint import CheckpointWriter, restore
 from dsv3_jax.config import replace
 from dsv3_jax.train import ema
-from dsv3_jax.train.ema import MovingAverage, Watch, abstract_average
+from dsv3_jax.train.ema import MovingAverage, abstract_average
+from dsv3_jax.train.ema_watch import Watch
 from dsv3_jax.train.state import plain_state
 from dsv3_jax.train.step import make_train_step
 from tests.dsv3_jax import micro
