@@ -2,6 +2,7 @@
 (1, 1, 1), not a second path), and the evaluation step."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -176,6 +177,7 @@ class TrainStep:
                 grads = self._pipeline.without_mirror(grads)
             grads = layout.scatter(grads)
         with jax.named_scope("optimizer"):
+            grads, losses = _unscaled(grads, losses, loss_scale(config))
             norm = layout.global_norm(grads)
             grads = clip_by_norm(grads, norm, config.optim.grad_clip_norm)
             finite = jnp.isfinite(losses.total) & jnp.isfinite(norm)
@@ -205,16 +207,18 @@ class TrainStep:
     def _gradients(
         self, params: Tree, codes: Mapping[str, Any], router_bias: Tree, tokens_ABT: jax.Array, scalars: _Scalars
     ) -> tuple[Tree, Losses]:
-        """This device's share of the step's gradients and losses, float32, summed over its micro-batches.
+        """This device's share of the step's gradients and losses, float32, summed over its micro-batches, and
+        :func:`loss_scale` times as large.
 
         ``codes`` are the weights of FP8 products, made once for all micro-batches.
         """
+        config = self.config
         label_total = lax.psum(jnp.sum(has_label(tokens_ABT), dtype=jnp.float32), BATCH_AXES)
         sequence_total = scalars.micro_batches.astype(jnp.float32) * (tokens_ABT.shape[1] * self.lanes)
         weighed = {
             "mtp_weight": scalars.mtp_weight,
-            "label_total": jnp.maximum(label_total, 1.0),
-            "sequence_total": sequence_total,
+            "label_total": jnp.maximum(label_total, 1.0) / loss_scale(config),
+            "sequence_total": sequence_total / loss_scale(config),
         }
         if self._pipeline is not None:
             weights = Weights(params, codes, router_bias)
@@ -223,7 +227,7 @@ class TrainStep:
 
         def loss(params: Tree, tokens_BT: jax.Array) -> tuple[jax.Array, Losses]:
             model = merge_model(self._graph, fp8.attach(params, codes), router_bias)
-            losses = training_loss(model, tokens_BT, self.config, **weighed)
+            losses = training_loss(model, tokens_BT, config, **weighed)
             return losses.total, losses
 
         def micro_batch(tokens_BT: jax.Array) -> tuple[Tree, Losses]:
@@ -253,6 +257,24 @@ class TrainStep:
             rows = counts[:trunk] if keys[0] == "moe" else counts[trunk + int(keys[1])]
             updated.append(update_bias(bias, rows, gamma, rule))
         return jax.tree.unflatten(treedef, updated)
+
+
+def loss_scale(config: Config) -> float:
+    """What losses of FP8 steps are multiplied by before they are differentiated, a power of two; 1 in other precisions.
+
+    They are means over all labels of a step, so that gradients shrink as batches grow, while the quantizers' smallest
+    scale is fixed (a largest magnitude of 1e-4, spec 11.3): below it, which attention's gradients reach at a few
+    million labels, tiles no longer scale and codes become zeros. In float32 and bfloat16 the factor is exact.
+    """
+    train = config.train
+    return 2.0 ** (math.ceil(math.log2(train.batch_size * train.seq_len)) + 10) if train.precision == "fp8" else 1.0
+
+
+def _unscaled(grads: Tree, losses: Losses, scale: float) -> tuple[Tree, Losses]:
+    if scale == 1.0:
+        return grads, losses
+    numbers = {name: getattr(losses, name) / scale for name in ("total", "main", "mtp", "balance")}
+    return jax.tree.map(lambda leaf: leaf / scale, grads), losses._replace(**numbers)
 
 
 def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:

@@ -11,6 +11,7 @@ import pytest
 
 from dsv3_jax.config import replace
 from dsv3_jax.nn import fp8
+from dsv3_jax.train import step
 from dsv3_jax.train.loss import activation_dtype
 from dsv3_jax.train.state import abstract_state, config_layout, config_mesh, plain_state
 from dsv3_jax.train.step import make_eval_step, make_train_step
@@ -206,3 +207,16 @@ def test_modules_pass_bfloat16_to_each_other_around_fp8_products():
         jnp.bfloat16,
         jnp.bfloat16,
     ]
+
+
+def test_gradients_do_not_depend_on_how_many_labels_a_step_has(monkeypatch):
+    """As many times more labels make every gradient that much smaller: without the scale of the loss, below the
+    quantizers' smallest scale."""
+    _, expected = stepped(CONFIG)
+    count, scale, labels = step.has_label, step.loss_scale(CONFIG), 2**24
+    monkeypatch.setattr(step, "has_label", lambda tokens: count(tokens).astype(jnp.float32) * labels)
+    for factor, equal in ((scale * labels, True), (1.0, False)):
+        monkeypatch.setattr(step, "loss_scale", lambda config, factor=factor: factor)
+        _, found = stepped(CONFIG)
+        leaves = zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True)
+        assert all(np.array_equal(wanted, leaf * labels) for wanted, leaf in leaves) == equal
