@@ -217,9 +217,11 @@ class TrainStep:
         sequence_total = scalars.micro_batches.astype(jnp.float32) * (tokens_ABT.shape[1] * self.lanes)
         weighed = {
             "mtp_weight": scalars.mtp_weight,
-            "label_total": jnp.maximum(label_total, 1.0) / loss_scale(config),
-            "sequence_total": sequence_total / loss_scale(config),
+            "label_total": jnp.maximum(label_total, 1.0),
+            "sequence_total": sequence_total,
         }
+        if (scale := loss_scale(config)) != 1.0:
+            weighed |= {name: weighed[name] / scale for name in ("label_total", "sequence_total")}
         if self._pipeline is not None:
             weights = Weights(params, codes, router_bias)
             rows, ticks = scalars.table

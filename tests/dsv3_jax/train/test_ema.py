@@ -138,7 +138,7 @@ def test_a_share_comes_up_a_step_before_it_is_folded_in(monkeypatch):
         assert all(place > last_fold for place, one in enumerate(order) if one[0] == "bring")
 
 
-def test_a_round_that_is_cut_short_by_a_save_is_the_same(tmp_path):
+def test_a_round_that_is_cut_short_by_a_save_is_the_same():
     found = []
     for saved_at in (None, 3, 4):
         steps = Steps(THIRD)
