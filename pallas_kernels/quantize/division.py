@@ -22,6 +22,7 @@ The sequences are written over an ``Arithmetic``, so that a test can run them in
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -133,15 +134,22 @@ def divide_in_kernel(x: Array, scale: Array, layout: Any, scale_layout: Any, pow
         return lax.broadcast_in_dim(value, x.shape, range(value.ndim)) if value.ndim else value
 
     ops = _Registers()
-    if power_of_two:
-        inverse = _pointwise(_power_of_two_reciprocal, scale_layout, scale)
-        return _pointwise(ops.multiply, layout, x, along(inverse))
-    if narrow:
-        below = _pointwise(_below_reciprocal, scale_layout, scale)
-        rest = _pointwise(functools.partial(rest_of_reciprocal, ops), scale_layout, scale, below)
-        return _pointwise(functools.partial(quotient_of_16_bits, ops), layout, x, along(below), along(rest))
+    if power_of_two or narrow:
+        quotient, factors = quotient_by(scale, scale_layout, power_of_two)
+        return _pointwise(quotient, layout, x, *map(along, factors))
     inverse = _pointwise(_reciprocal, scale_layout, scale)
     return _pointwise(functools.partial(corrected_quotient, ops), layout, x, along(scale), along(inverse))
+
+
+def quotient_by(scale: Array, layout: Any, power_of_two: bool) -> tuple[Callable[..., Any], list[Array]]:
+    """How registers of 16-bit numbers, or any where scales are powers of two, are divided, and what else it takes: the
+    function's further arguments, one for each scale."""
+    ops = _Registers()
+    if power_of_two:
+        return ops.multiply, [_pointwise(_power_of_two_reciprocal, layout, scale)]
+    below = _pointwise(_below_reciprocal, layout, scale)
+    rest = _pointwise(functools.partial(rest_of_reciprocal, ops), layout, scale, below)
+    return functools.partial(quotient_of_16_bits, ops), [below, rest]
 
 
 def _power_of_two_scale(amax: Any) -> Any:

@@ -22,9 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch, varying
-from pallas_kernels.quantize import division, reference
+from pallas_kernels.quantize import division, reference, words
 from pallas_kernels.quantize.reference import AMAX_FLOOR, TILE, Tiles
-from pallas_kernels.quantize.registers import e4m3_where, largest_of_row
+from pallas_kernels.quantize.registers import e4m3_where
 from pallas_kernels.quantize.tile_loop import F8, OUTBOX, Tile, Tiling, send, smem_tile, tiles_of, walk
 
 _HALF = TILE // 2
@@ -35,6 +35,15 @@ ROWS = plgpu.Layout.TILED(plgpu.Tiling(((8, 128), (2, 128), (8,))), warp_dims=(-
 
 WGMMA = plgpu.Layout.WGMMA
 """``[64 n, 8 k]``: four threads hold a row, two neighbours a thread; what ``ldmatrix`` reads, transposed or not."""
+
+COLUMNS = plgpu.Layout.TILED(
+    plgpu.Tiling(((64, 16), (16, 16), (8, 16), (4,), (2,))), warp_dims=(-8,), lane_dims=(-4, -3), vector_dim=-1
+)
+"""``[64 n, 16 k]``: four threads hold a row, four neighbours a thread, so that four codes leave together; ``ldmatrix``
+reads two matrices for them, each with half of its rows in the other's banks."""
+
+_CODES = {ROWS: ROWS, COLUMNS: plgpu.Layout.WGMMA_8BIT}
+"""Layouts of the codes of 16-bit numbers."""
 
 
 def obstacle(x_MK: Array, dtypes: tuple[str, ...] = ("bfloat16", "float16")) -> str | None:
@@ -74,16 +83,25 @@ def encode(x: Array, scale: Array, *, layout: Any, power_of_two: bool, interpret
 
 def largest(x: Array, *, layout: Any, interpret: Any) -> Array:
     """The largest magnitude of each row in float32, two values of 16 bits an instruction where ``x`` has them."""
-    if x.dtype.itemsize == 2 and layout != WGMMA and not interpret:
-        return largest_of_row(x, layout=layout)
+    if x.dtype.itemsize == 2 and not interpret:
+        return words.largest_of_rows(x, layout=layout)
     return jnp.max(jnp.abs(x), axis=x.ndim - 1).astype(jnp.float32)
 
 
 def quantize_tile(x: Array, *, layout: Any, power_of_two: bool, interpret: Any) -> tuple[Array, Array]:
-    """Codes and scales of the rows of an array in registers, of 16 bits a value or float32."""
-    scale = scale_of(largest(x, layout=layout, interpret=interpret), power_of_two, interpret, layout.reduce(1))
-    how = {"power_of_two": power_of_two, "interpret": interpret, "narrow": x.dtype.itemsize == 2}
-    return encode(x.astype(jnp.float32), scale, layout=layout, **how), scale
+    """Codes and scales of the rows of an array in registers, of 16 bits a value or float32.
+
+    Those of 16 bits are in ``ROWS`` or ``COLUMNS``.
+    """
+    of_rows = layout.reduce(1)
+    scale = scale_of(largest(x, layout=layout, interpret=interpret), power_of_two, interpret, of_rows)
+    if interpret or x.dtype.itemsize > 2:
+        wide = x.astype(jnp.float32)
+        return encode(wide, scale, layout=layout, power_of_two=power_of_two, interpret=interpret), scale
+    quotient, factors = division.quotient_by(scale, of_rows, power_of_two)
+    keep = jnp.where(scale < jnp.inf, jnp.int32(-1), jnp.int32(0))
+    q = words.codes_of_rows(quotient, x, factors, keep, layout=layout, codes_layout=_CODES[layout])
+    return q, scale
 
 
 def quantize_rows(
@@ -143,7 +161,7 @@ def _transposing(
             q, scale = quantize(plgpu.load(tile.smem("x"), layout=ROWS), layout=ROWS)
             row_refs[0][tile.rows, tile.columns] = q
             row_refs[1][tile.kb, tile.rows] = scale
-        q, scale = quantize(plgpu.load(tile.smem("x").T, layout=WGMMA), layout=WGMMA)
+        q, scale = quantize(plgpu.load(tile.smem("x").T, layout=COLUMNS, optimized=False), layout=COLUMNS)
         send(tile, q, scale, q_ref.at[tile.columns, tile.rows], scale_ref.at[tile.mb, tile.columns])
 
     made = walk(

@@ -35,34 +35,11 @@ def hide_16(x: Array, *, layout: Any, interpret: Any) -> Array:
 def sigmoid(x: Array, *, layout: Any, interpret: Any) -> Array:
     """Of float32 ``x`` in ``layout``.
 
-    A kernel's own ``1 / y`` is the same approximate reciprocal, and seven instructions that keep it right where ``y``
-    is above 2 ** 126: there, for ``x`` below -87.3, this is 0, that not yet.
+    The compiler's exponential and an approximate reciprocal, but the exponential's last product, which a power of two
+    makes exact, and the sum with 1 are one instruction. A kernel's own ``1 / y`` has seven instructions more, which
+    keep it right where ``y`` is above 2 ** 126: there, for ``x`` below -87.3, this is 0, that not yet.
     """
-    over = 1.0 + jnp.exp(-x)
-    return 1.0 / over if interpret else _pointwise(approximate_reciprocal, jnp.float32, layout, over)
-
-
-def largest_of_row(x: Array, *, layout: Any) -> Array:
-    """The largest magnitude of each row, the last dim, in float32; ``x`` of 16 bits in a ``layout`` that gives a thread
-    eight neighbours of a row at a time, and no more of it: two values an instruction."""
-    axis = x.ndim - 1
-    returned = plgpu.ShapeDtypeStruct(x.shape[:-1], jnp.float32, layout=layout.reduce(axis))
-    fold = functools.partial(_largest_of_neighbours, jnp.dtype(x.dtype).name)
-
-    def larger(a: Any, b: Any) -> Any:
-        if not isinstance(a.type, ir.VectorType):
-            return a  # of one thread's neighbours, which all hold the largest by now
-        parts = [
-            llvm.inline_asm(of.type, [of, other], "max.NaN.f32 $0, $1, $2;", "=f,f,f") for of, other in _pairs(a, b)
-        ]
-        return vector.from_elements(a.type, parts)
-
-    @plgpu.inline_mgpu(arg_types=(layout,), return_type=returned)
-    def run(ctx: Any, *arrays: Any) -> Any:
-        del ctx
-        return arrays[0]._pointwise(fold).reduce(larger, axis)
-
-    return run(*(x,))
+    return 1.0 / (1.0 + jnp.exp(-x)) if interpret else _pointwise(_sigmoid, jnp.float32, layout, x)
 
 
 def e4m3_where(keep: Array, x: Array, *, layout: Any) -> Array:
@@ -78,6 +55,26 @@ def approximate_reciprocal(value: Any) -> Any:
     if not isinstance(value.type, ir.VectorType):
         return llvm.inline_asm(value.type, [value], "rcp.approx.ftz.f32 $0, $1;", "=f,f")
     return vector.from_elements(value.type, [approximate_reciprocal(part) for part in _parts(value)])
+
+
+def _sigmoid(value: Any) -> Any:
+    if isinstance(value.type, ir.VectorType):
+        return vector.from_elements(value.type, [_sigmoid(part) for part in _parts(value)])
+    # exp(-x) = 2^n 2^f: n + 127 in the last bits of ``n`` (kept in range), f = -x log2(e) - n in two steps.
+    asm = """{
+        .reg .b32 n, f;
+        fma.rn.sat.f32 n, $1, 0fBBBB989D, 0f3F000000;
+        fma.rm.f32 n, n, 0f437C0000, 0f4B400001;
+        add.rn.f32 f, n, 0fCB40007F;
+        neg.f32 f, f;
+        fma.rn.f32 f, $1, 0fBFB8AA3B, f;
+        fma.rn.f32 f, $1, 0fB2A57060, f;
+        ex2.approx.ftz.f32 f, f;
+        shl.b32 n, n, 23;
+        fma.rn.f32 f, f, n, 0f3F800000;
+        rcp.approx.ftz.f32 $0, f;
+    }"""
+    return llvm.inline_asm(value.type, [value], asm, "=f,f")
 
 
 def _pointwise(function: Callable[..., Any], dtype: Any, layout: Any, *arrays: Array) -> Array:
@@ -98,29 +95,6 @@ def _round_pairs(name: str, value: Any) -> Any:
     pairs = zip(parts[::2], parts[1::2], strict=True)
     words = [llvm.inline_asm(_i32(), [low, high], asm, "=r,f,f") for low, high in pairs]
     return _from_words(words, ir.VectorType.get([len(parts)], to))
-
-
-def _largest_of_neighbours(name: str, value: Any) -> Any:
-    (size,) = ir.VectorType(value.type).shape
-    words = _parts(vector.bitcast(ir.VectorType.get([size // 2], _i32()), value))
-    while len(words) > 1:
-        words = [_larger_magnitudes(name, *pair) for pair in zip(words[::2], words[1::2], strict=True)]
-    shift = arith.constant(_i32(), 16)
-    largest = _larger_magnitudes(name, words[0], arith.shrui(words[0], shift))
-    narrow = ir.VectorType(value.type).element_type
-    half = arith.trunci(ir.IntegerType.get_signless(16), arith.andi(largest, arith.constant(_i32(), 0x7FFF)))
-    wide = arith.extf(ir.F32Type.get(), arith.bitcast(narrow, half))
-    return vector.broadcast(ir.VectorType.get([size], ir.F32Type.get()), wide)
-
-
-def _larger_magnitudes(name: str, a: Any, b: Any) -> Any:
-    """Of two pairs of 16-bit numbers; their signs are of no use."""
-    asm = f"max.NaN.xorsign.abs.{_PTX[name]} $0, $1, $2;"
-    return llvm.inline_asm(_i32(), [a, b], asm, "=r,r,r")
-
-
-def _pairs(a: Any, b: Any) -> list[tuple[Any, Any]]:
-    return list(zip(_parts(a), _parts(b), strict=True))
 
 
 def _kept_codes(value: Any, keep: Any) -> Any:

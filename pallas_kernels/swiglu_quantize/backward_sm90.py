@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import varying
 from pallas_kernels.quantize import pallas_sm90 as quantizer
-from pallas_kernels.quantize.pallas_sm90 import ROWS, WGMMA
+from pallas_kernels.quantize.pallas_sm90 import COLUMNS, ROWS
 from pallas_kernels.quantize.reference import TILE, Tiles
 from pallas_kernels.quantize.registers import round_16, sigmoid
 from pallas_kernels.quantize.tile_loop import F8, smem_tile, swizzled, tiles_of
@@ -55,7 +55,7 @@ def swiglu_backward_quantize(
         return q.astype(jnp.float16).astype(jnp.float32) * along(scale)
 
     def body(
-        kept_ref: Any, kept_scale_ref: Any, dout_ref: Any, *refs: Any, wide: Any, codes: Any, scales: Any, written: Any
+        kept_ref: Any, kept_scale_ref: Any, dout_ref: Any, *refs: Any, wide: Any, codes: Any, written: Any
     ) -> None:
         weight_refs, made_refs = refs[:weighted], refs[weighted:]
         row_ref, row_scale_ref, column_ref, column_scale_ref, out_ref, out_scale_ref, *dweight_refs = made_refs
@@ -109,14 +109,13 @@ def swiglu_backward_quantize(
         targets = [(column_ref, column_scale_ref, tile) for tile in tiles] + [(out_ref, out_scale_ref, ib)]
         for number, (to_codes, to_scales, tile) in enumerate(targets):
             columns = wide.at[number, :, pl.ds(pl.multiple_of(mine, _SHARE), _SHARE)]
-            q, scale = quantize(plgpu.load(columns.T, layout=WGMMA), layout=WGMMA)
+            q, scale = quantize(plgpu.load(columns.T, layout=COLUMNS, optimized=False), layout=COLUMNS)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             codes[group, :, :] = q
-            scales[group, :] = scale
             plgpu.commit_smem()
             here_k = pl.ds(tile * TILE + mine, _SHARE)
+            to_scales[mb, here_k] = scale
             plgpu.copy_smem_to_gmem(codes.at[group], to_codes.at[here_k, here_m])
-            plgpu.copy_smem_to_gmem(scales.at[group], to_scales.at[mb, here_k])
         plgpu.wait_smem_to_gmem(0)
 
     partial_sums = [jax.ShapeDtypeStruct((i_tiles, rows), jnp.float32)] * weighted
@@ -127,14 +126,13 @@ def swiglu_backward_quantize(
         scratch_types={
             "wide": smem_tile(dtype, 3),
             "codes": plgpu.SMEM((WARPGROUPS, _SHARE, TILE), F8, transforms=swizzled(F8)),
-            "scales": plgpu.SMEM((WARPGROUPS, _SHARE), jnp.float32),
             "written": plgpu.Barrier(num_arrivals=WARPGROUPS),
         },
         grid=(rows // TILE * i_tiles,),
         grid_names=("tile",),
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=interpret,
     )
     made = [varying.like(out, *operands) for out in kernel(*operands)]

@@ -28,9 +28,10 @@ def run(bench: memory_bench.MemoryBench, case: cases.Case, tune: bool) -> None:
     measure = functools.partial(bench.measure, case.name, "swiglu_quantize", arguments=arguments, moved_bytes=moved)
     expected = jax.jit(reference.swiglu_quantize)(gate_up)
     baseline = measure("xla", reference.swiglu_quantize)
-    for rows in (32, 16, 64) if tune else (32,):
+    usual = pallas_sm90.ROWS_PER_BLOCK
+    for rows in (16, 32, 64) if tune else (usual,):
         kernel = functools.partial(pallas_sm90.swiglu_quantize, tiling=Tiling(rows=rows))
-        measure(f"pallas rows {rows}", kernel, expected=expected, against=baseline, sustained=rows == 32)
+        measure(f"pallas rows {rows}", kernel, expected=expected, against=baseline, sustained=rows == usual)
     moved = (2 + 2 + 4 + 1) * dout.size + 3 * 4 * dout.size // TILE
     inputs = (expected[1], dout)
     bench.measure(case.name, "swiglu_backward", "xla", reference.swiglu_backward, inputs, moved_bytes=moved)

@@ -15,6 +15,9 @@ from pallas_kernels.quantize.reference import TILE, Tiles
 from pallas_kernels.quantize.registers import round_16, sigmoid
 from pallas_kernels.quantize.tile_loop import Tiling, tiles_of
 
+ROWS_PER_BLOCK = 16
+"""The fastest measured on an H200 at bench_3b's shape: 151.8 us, 160.1 with 32."""
+
 
 def obstacle(gate_up_MF: Array) -> str | None:
     """Says why the kernel cannot take ``gate_up_MF``, or None where it can."""
@@ -30,7 +33,7 @@ def swiglu_quantize(
 ) -> tuple[Tiles, Tiles]:
     """See ``reference.swiglu_quantize``."""
     (rows, both), dtype = gate_up_MF.shape, gate_up_MF.dtype
-    block_rows, i_tiles = (tiling or Tiling(rows=32)).rows, both // 2 // TILE
+    block_rows, i_tiles = (tiling or Tiling(rows=ROWS_PER_BLOCK)).rows, both // 2 // TILE
     quantize = functools.partial(quantizer.quantize_tile, layout=ROWS, power_of_two=power_of_two, interpret=interpret)
 
     def body(x_ref: Any, out_ref: Any, out_scale_ref: Any, kept_ref: Any, kept_scale_ref: Any) -> None:

@@ -1,0 +1,162 @@
+"""Numbers of 16 bits in the Hopper kernels, two in a 32-bit word.
+
+The compiler takes pairs of such numbers apart and joins them again, several instructions a pair, wherever it sees them
+one by one. Here they stay words: of a pair, each is widened with one instruction and the larger magnitudes of two pairs
+are found with one; largest magnitudes of two rows travel between threads in one word.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
+from jax._src.lib.mlir.dialects import arith, llvm, vector
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_PAIR = {"bfloat16": "bf16x2", "float16": "f16x2"}
+
+
+def largest_of_rows(x: Array, *, layout: Any) -> Array:
+    """The largest magnitude of each row of ``x [..., n]`` in float32; NaN where one is."""
+    name, shape = jnp.dtype(x.dtype).name, x.shape[:-1]
+    returned = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout.reduce(len(shape)))
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=returned)
+    def run(ctx: Any, *arrays: Any) -> Any:
+        del ctx
+        (x,) = arrays
+        rows = [_tree(name, [word for part in row for word in _words(part)]) for row in _rows(x)]
+        pairs = [(a, b) for a, b in zip(rows[::2], rows[1::2], strict=False)] + [(rows[-1],) * 2] * (len(rows) % 2)
+        found = []
+        for a, b in pairs:
+            word = _larger(name, _permuted(a, b, 0x5410), _permuted(a, b, 0x7632))
+            for distance in _distances(x.layout):
+                word = _larger(name, word, utils.shfl_bfly(word, distance))
+            found += _halves(name, arith.andi(word, _int(0x7FFF7FFF)))
+        return _of_rows(x, found[: len(rows)])
+
+    return run(x)
+
+
+def codes_of_rows(
+    quotient: Callable[..., Any], x: Array, factors: list[Array], keep: Array, *, layout: Any, codes_layout: Any
+) -> Array:
+    """The e4m3 codes of ``quotient(x, *factors)``, and 0 where ``keep`` is, which is 0 or -1.
+
+    ``quotient`` takes float32 registers; ``factors`` and ``keep`` are those of rows. ``codes_layout`` has as many or
+    twice as many neighbours a thread as ``layout``, of the same rows and columns.
+    """
+    name, shape = jnp.dtype(x.dtype).name, x.shape
+    of_row = layout.reduce(1)
+    returned = plgpu.ShapeDtypeStruct(shape, jnp.float8_e4m3fn, layout=codes_layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout, of_row, *[of_row] * len(factors)), return_type=returned)
+    def run(ctx: Any, x: Any, keep: Any, *factors: Any) -> Any:
+        del ctx
+        made = []
+        for row, mask, *scalars in zip(_rows(x), *map(_scalars, (keep, *factors)), strict=True):
+            numbers = [half for part in row for word in _words(part) for half in _halves(name, word)]
+            codes = _codes([quotient(number, *scalars) for number in numbers])
+            made.append([arith.andi(word, mask) for word in codes])
+        layout, f8 = codes_layout.to_mgpu(), ir.Float8E4M3FNType.get()
+        of_register = layout.vector_length // 4
+        registers = np.empty(layout.registers_shape(shape), object)
+        for row, at in zip(made, _row_indices(layout, registers.shape), strict=True):
+            parts = [row[i : i + of_register] for i in range(0, len(row), of_register)]
+            for index, part in zip(at, parts, strict=True):
+                registers[index] = vector.bitcast(ir.VectorType.get([layout.vector_length], f8), _vector(part))
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return run(x, keep, *factors)
+
+
+def _row_indices(layout: Any, registers: tuple[int, ...]) -> list[list[tuple[int, ...]]]:
+    """The indices of each row's registers, of a thread that holds some of the rows, in the order of columns."""
+    of_columns = layout.tiling.tile_dimension(len(layout.base_tile_shape) - 1)
+    rows = np.ndindex(*(1 if column else size for column, size in zip(of_columns, registers, strict=True)))
+    columns = list(np.ndindex(*(size if column else 1 for column, size in zip(of_columns, registers, strict=True))))
+    return [[tuple(map(sum, zip(row, column, strict=True))) for column in columns] for row in rows]
+
+
+def _rows(x: Any) -> list[list[Any]]:
+    return [[x.registers[at] for at in row] for row in _row_indices(x.layout, x.registers.shape)]
+
+
+def _scalars(per_row: Any) -> list[Any]:
+    return [vector.extract(register, dynamic_position=[], static_position=[0]) for register in per_row.registers.flat]
+
+
+def _of_rows(x: Any, values: list[Any]) -> Any:
+    layout = x.layout.reduce((len(x.shape) - 1,))
+    registers = np.empty(layout.registers_shape(x.shape[:-1]), object)
+    registers.flat[:] = [_vector([value]) for value in values]
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def _distances(layout: Any) -> list[int]:
+    """Between lanes that hold a row together: those of a butterfly."""
+    of_columns = layout.tiling.tile_dimension(len(layout.base_tile_shape) - 1)
+    sizes, stride, found = layout.tiled_tiling_shape, 1, []
+    for lane_dim in layout.lane_dims[::-1]:
+        size = sizes[lane_dim]
+        if of_columns[lane_dim]:
+            found += [stride << bit for bit in range(size.bit_length() - 1)]
+        stride *= size
+    return found
+
+
+def _words(value: Any) -> list[Any]:
+    (size,) = ir.VectorType(value.type).shape
+    words = vector.bitcast(ir.VectorType.get([size // 2], _i32()), value)
+    return [vector.extract(words, dynamic_position=[], static_position=[i]) for i in range(size // 2)]
+
+
+def _halves(name: str, word: Any) -> list[Any]:
+    """Both numbers of a word in float32."""
+    f32 = ir.F32Type.get()
+    if name == "bfloat16":
+        bits = arith.shli(word, _int(16)), arith.andi(word, _int(0xFFFF0000))
+        return [arith.bitcast(f32, each) for each in bits]
+    pair = vector.bitcast(ir.VectorType.get([2], ir.F16Type.get()), _vector([word]))
+    return [arith.extf(f32, vector.extract(pair, dynamic_position=[], static_position=[i])) for i in range(2)]
+
+
+def _tree(name: str, words: list[Any]) -> Any:
+    while len(words) > 1:
+        paired = [_larger(name, a, b) for a, b in zip(words[::2], words[1::2], strict=False)]
+        words = paired + words[len(paired) * 2 :]
+    return words[0]
+
+
+def _larger(name: str, a: Any, b: Any) -> Any:
+    """Of two pairs of numbers the larger magnitudes; their signs are of no use."""
+    return llvm.inline_asm(_i32(), [a, b], f"max.NaN.xorsign.abs.{_PAIR[name]} $0, $1, $2;", "=r,r,r")
+
+
+def _permuted(a: Any, b: Any, selector: int) -> Any:
+    return llvm.inline_asm(_i32(), [a, b, _int(selector)], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,n")
+
+
+def _codes(numbers: list[Any]) -> list[Any]:
+    """Four codes a word."""
+    i16 = ir.IntegerType.get_signless(16)
+    asm = "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;"  # the second source goes to the lower half
+    pairs = [llvm.inline_asm(i16, list(pair), asm, "=h,f,f") for pair in zip(numbers[::2], numbers[1::2], strict=True)]
+    words = [vector.bitcast(ir.VectorType.get([1], _i32()), _vector(pairs[i : i + 2])) for i in range(0, len(pairs), 2)]
+    return [vector.extract(word, dynamic_position=[], static_position=[0]) for word in words]
+
+
+def _vector(parts: list[Any]) -> Any:
+    return vector.from_elements(ir.VectorType.get([len(parts)], parts[0].type), parts)
+
+
+def _i32() -> Any:
+    return ir.IntegerType.get_signless(32)
+
+
+def _int(value: int) -> Any:
+    return arith.constant(_i32(), ir.IntegerAttr.get(_i32(), value - (value >> 31 << 32)))
