@@ -66,28 +66,26 @@ def swiglu_backward_quantize(
         def rows_of(step: Any) -> Any:
             return pl.ds(mb * TILE + mine + step * chunk, chunk)
 
-        def fetch(step: Any) -> tuple[Array, ...]:
+        def per_row(ref: Any) -> Array:
+            return plgpu.load(ref, layout=ROWS.reduce(1), optimized=False)
+
+        def tile_of(ref: Any, step: Any, tile: Any) -> Array:
+            return plgpu.load(ref.at[rows_of(step), pl.ds(tile * TILE, TILE)], layout=ROWS, optimized=False)
+
+        def codes_of(step: Any, tile: Any) -> tuple[Array, Array]:
+            return tile_of(kept_ref, step, tile), per_row(kept_scale_ref.at[tile, rows_of(step)])
+
+        def turn(step: Any, gate_codes: tuple[Array, Array]) -> tuple[Array, Array]:
+            # The sigmoid takes long: what is needed after it need not be on its way before this step.
             here_m = rows_of(step)
-
-            def tile_of(ref: Any, tile: Any) -> Array:
-                return plgpu.load(ref.at[here_m, pl.ds(tile * TILE, TILE)], layout=ROWS, optimized=False)
-
-            per_row = [kept_scale_ref.at[tile, here_m] for tile in tiles] + [ref.at[here_m] for ref in weight_refs]
-            return (
-                *(tile_of(kept_ref, tile) for tile in tiles),
-                tile_of(dout_ref, ib),
-                *(plgpu.load(ref, layout=ROWS.reduce(1), optimized=False) for ref in per_row),
-            )
-
-        def turn(step: Any, fetched: tuple[Array, ...]) -> tuple[Array, ...]:
-            following = fetch(jnp.minimum(step + 1, steps - 1))  # on its way while this step computes
-            q_gate, q_up, dout16, gate_scale, up_scale, *weights = fetched
-            gate, up = dequantized(q_gate, gate_scale), dequantized(q_up, up_scale)
+            up_codes, dout16 = codes_of(step, tiles[1]), tile_of(dout_ref, step, ib)
+            weights = [per_row(ref.at[here_m]) for ref in weight_refs]
+            following = codes_of(jnp.minimum(step + 1, steps - 1), tiles[0])
+            gate, up = dequantized(*gate_codes), dequantized(*up_codes)
             dout = dout16.astype(jnp.float32)
             open_share = sigmoid(gate, layout=ROWS, interpret=interpret)
             silu = gate * open_share
             out = silu * up
-            here_m = rows_of(step)
             if weighted:
                 dweight_refs[0][ib, here_m] = jnp.sum(dout * out, axis=1)
                 dout, out = (x * along(weights[0]) for x in (dout, out))
@@ -101,7 +99,7 @@ def swiglu_backward_quantize(
                     row_ref[here], row_scale_ref[tiles[number], here_m] = quantize(result, layout=ROWS)
             return following
 
-        lax.fori_loop(0, steps, turn, fetch(0))
+        lax.fori_loop(0, steps, turn, codes_of(0, tiles[0]))
         plgpu.commit_smem()
         plgpu.barrier_arrive(written)
         plgpu.barrier_wait(written)
