@@ -22,7 +22,15 @@ from dsv3_jax.nn.fp8 import (
     trim,
     wgrad,
 )
-from pallas_kernels.permute import Plan, pairs_to_rows, permute_tiles, rows_to_pairs, unpermute
+from pallas_kernels.permute import (
+    Plan,
+    pairs_to_rows,
+    permute_both,
+    permute_columns,
+    permute_tiles,
+    rows_to_pairs,
+    unpermute,
+)
 from pallas_kernels.quantize import Tiles, quantize_both, quantize_rows, requantize_columns
 from pallas_kernels.quantize.reference import pad_to_tiles
 from pallas_kernels.swiglu_quantize import swiglu_backward_quantize, swiglu_quantize
@@ -119,21 +127,20 @@ def _backward(shared: bool, kept: _Kept, dy: Array) -> tuple[Array, None, FP8Wei
     dim_d, width, experts = dy.shape[-1], stored.q.shape[1], gate_up.q.shape[0]
     dy_MD = dy.reshape(-1, dim_d)
     if choices is None:
-        rows, groups, weight_M = tiles, None, None
+        groups, weight_M, x_columns = None, None, requantize_columns(*tiles, power_of_two=True)
         dy_rows, dy_columns = quantize_both(pad_to_tiles(dy_MD, 2), power_of_two=True)
     else:
-        rows, groups, weight_M = permute_tiles(tiles, choices.plan), choices.groups, choices.weight_M
+        groups, weight_M, x_columns = choices.groups, choices.weight_M, permute_columns(tiles, choices.plan)
         if shared:
             dy_tokens, _ = quantize_both(pad_to_tiles(dy_MD, 2), power_of_two=True)
         else:
             dy_tokens = quantize_rows(pad_rows(dy_MD), power_of_two=True)
-        dy_rows = permute_tiles(dy_tokens, choices.plan)
-        dy_columns = requantize_columns(*dy_rows, power_of_two=True)
+        dy_rows, dy_columns = permute_both(dy_tokens, choices.plan)
     dout_MI = gemm(dy_rows, down, groups, dy.dtype)[:, : width // 2]
     dh_rows, dh_columns, activated_columns, dweight_M = swiglu_backward_quantize(stored, dout_MI, weight_M)
     ddown = wgrad(activated_columns, dy_columns, groups, experts)[..., :dim_d]
     dx_MD = gemm(dh_rows, gate_up, groups, dy.dtype)[:, : tiles.q.shape[1]]
-    dgate_up = wgrad(requantize_columns(*rows, power_of_two=True), dh_columns, groups, experts)[..., :width]
+    dgate_up = wgrad(x_columns, dh_columns, groups, experts)[..., :width]
     if choices is None or dweight_M is None:
         return trim(dx_MD, dy.shape[:-1], dx_MD.shape[1]), None, gradient(dgate_up), gradient(ddown), None
     dx = unpermute(dx_MD, None, choices.plan)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import bench_table
-from pallas_kernels.permute import Plan, make_plan, permute, permute_tiles, unpermute
-from pallas_kernels.quantize import Tiles, quantize_rows
+from pallas_kernels.permute import Plan, make_plan, permute, permute_both, permute_columns, permute_tiles, unpermute
+from pallas_kernels.quantize import Tiles, quantize_rows, requantize_columns
 
 CASES = {  # name: (T, D, E, K, block)
     "bench_3b": (16384, 2048, 64, 6, 128),
+    "bench_3b at 8": (32768, 2048, 64, 6, 128),
     "v3_per_device": (8192, 7168, 8, 8, 128),
     "small_model": (4096, 128, 16, 4, 64),
 }
@@ -36,11 +37,34 @@ def _rows_of_tiles(x_TD: Array, plan: Plan) -> Tiles:
     return permute_tiles(quantize_rows(x_TD, power_of_two=True), plan)
 
 
+def _both_in_two_steps(tiles: Tiles, plan: Plan) -> tuple[Tiles, Tiles]:
+    rows = permute_tiles(tiles, plan)
+    return rows, requantize_columns(*rows, power_of_two=True)
+
+
+def _columns_in_two_steps(tiles: Tiles, plan: Plan) -> Tiles:
+    return _both_in_two_steps(tiles, plan)[1]
+
+
+def _codes(table: bench_table.Table, name: str, x_TD: Array, plan: Plan, sorted_rows: int) -> None:
+    """Tokens' codes to sorted codes: columns, and rows beside them."""
+    tiles = jax.jit(lambda x: quantize_rows(x, power_of_two=True))(x_TD)
+    tokens, dim = x_TD.shape
+    once, written = (rows * (dim + 4 * dim // 128) for rows in (tokens, sorted_rows))
+    for operation, forms, two_steps, one_step in (
+        ("to columns", 1, _columns_in_two_steps, permute_columns),
+        ("to both", 2, _both_in_two_steps, permute_both),
+    ):
+        moved = once + forms * written
+        later = table.measure(name, operation, "permute, requantize", two_steps, (tiles, plan), moved_bytes=moved)
+        table.measure(name, operation, "one kernel", one_step, (tiles, plan), moved_bytes=moved, against=later)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     options = bench_table.parser(__doc__).parse_args(arguments)
     table = bench_table.Table(options.json)
-    for name in list(CASES)[: 1 if options.quick else None]:
+    for name in list(CASES)[: 2 if options.quick else None]:
         tokens, dim, experts, choices, block = CASES[name]
         keys = jax.random.split(jax.random.key(0), 4)
         _, idx = jax.lax.top_k(jax.random.normal(keys[0], (tokens, experts)), choices)
@@ -62,6 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
         table.measure(
             name, "to tiles", "quantize, permute", _rows_of_tiles, (x, plan), moved_bytes=moved, against=later
         )
+        if block % 128 == 0:
+            _codes(table, name, x, plan, tokens * choices)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels import dispatch
 from pallas_kernels.once import once
-from pallas_kernels.permute import gather_sm90
+from pallas_kernels.permute import columns_sm90, gather_sm90
 from pallas_kernels.permute.plan import Plan
-from pallas_kernels.quantize.reference import Tiles
+from pallas_kernels.quantize.op import requantize_columns
+from pallas_kernels.quantize.reference import TILE, Tiles
 
 
 def _take_rows(rows: Array, index: Array) -> Array:
@@ -119,14 +120,67 @@ def permute_tiles(tiles: Tiles, plan: Plan, *, implementation: dispatch.Implemen
     Raises:
         ValueError: the plan was made for more tokens, or the implementation asked for cannot run.
     """
-    tokens, token_M = plan.row_of_pair_TK.shape[0], plan.token_of_row_M
-    if tiles.q.shape[0] < tokens:
-        raise ValueError(f"permute_tiles: the plan is for {tokens} tokens, the tiles are of {tiles.q.shape[0]}")
+    token_M = plan.token_of_row_M
+    _check_tokens("permute_tiles", tiles, plan)
     scale = tiles.scale.at[:, token_M].get(mode="fill", fill_value=1)
     obstacle = gather_sm90.obstacle(tiles.q, token_M)
     if dispatch.choose("permute_tiles", implementation, {"pallas": obstacle}) == "xla":
         return Tiles(_copy_rows(tiles.q, token_M), scale)
     return Tiles(once(gather_sm90.copy_rows)(tiles.q, token_M), scale)
+
+
+@jax.named_scope("permute")
+def permute_columns(tiles: Tiles, plan: Plan, *, implementation: dispatch.Implementation = "auto") -> Tiles:
+    """The 128 x 1 tiles of :func:`permute_tiles`'s rows, from the tokens' tiles: ``q [D, M]``, ``scale [MB, D]``.
+
+    It is :func:`permute_tiles` and :func:`~pallas_kernels.quantize.requantize_columns` with scales that are powers of
+    two, to the bit, but the Hopper kernel writes no sorted rows. What it leaves undefined are the columns of blocks
+    past ``plan.num_blocks``. It has no gradient.
+
+    Args:
+        tiles: of at least the plan's tokens; rows after those are zeros.
+        plan: where the rows go.
+        implementation: ``"xla"``, ``"pallas"`` (Hopper, D and blocks multiples of 128) or ``"auto"``.
+
+    Raises:
+        ValueError: the plan was made for more tokens, or the implementation asked for cannot run.
+    """
+    if _kernel_sorts("permute_columns", tiles, plan, implementation):
+        return once(columns_sm90.permute_columns)(tiles, plan.token_of_row_M, _used(plan))
+    return _columns_of(permute_tiles(tiles, plan, implementation=implementation), implementation)
+
+
+@jax.named_scope("permute")
+def permute_both(tiles: Tiles, plan: Plan, *, implementation: dispatch.Implementation = "auto") -> tuple[Tiles, Tiles]:
+    """:func:`permute_tiles` and :func:`permute_columns`; the Hopper kernel reads tokens once and no sorted row.
+
+    What it leaves undefined are rows and columns of blocks past ``plan.num_blocks``. Otherwise as those two.
+    """
+    if _kernel_sorts("permute_both", tiles, plan, implementation):
+        return once(columns_sm90.permute_both)(tiles, plan.token_of_row_M, _used(plan))
+    rows = permute_tiles(tiles, plan, implementation=implementation)
+    return rows, _columns_of(rows, implementation)
+
+
+def _kernel_sorts(name: str, tiles: Tiles, plan: Plan, implementation: dispatch.Implementation) -> bool:
+    _check_tokens(name, tiles, plan)
+    obstacle = columns_sm90.obstacle(tiles.q, plan.num_rows, plan.block)
+    return dispatch.choose(name, implementation, {"pallas": obstacle}) == "pallas"
+
+
+def _check_tokens(name: str, tiles: Tiles, plan: Plan) -> None:
+    tokens = plan.row_of_pair_TK.shape[0]
+    if tiles.q.shape[0] < tokens:
+        raise ValueError(f"{name}: the plan is for {tokens} tokens, the tiles are of {tiles.q.shape[0]}")
+
+
+def _used(plan: Plan) -> Array:
+    """Blocks of 128 rows that hold any."""
+    return plan.num_blocks * (plan.block // TILE)
+
+
+def _columns_of(rows: Tiles, implementation: dispatch.Implementation) -> Tiles:
+    return requantize_columns(*rows, power_of_two=True, implementation=implementation)
 
 
 @jax.named_scope("permute")

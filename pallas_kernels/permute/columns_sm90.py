@@ -1,0 +1,128 @@
+"""The Hopper kernel (Mosaic GPU) that sorts tokens' codes and quantizes columns of the sorted rows in one pass.
+
+A thread block takes 128 sorted rows, and of those ``SPAN`` tiles of 128 columns one after another; the next tile's
+codes are on their way to registers while one is turned around. All blocks take the same columns before any takes the
+next: the tokens' codes in those are few enough to stay in the cache for all the rows that want them.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import dispatch, varying
+from pallas_kernels.permute import turn
+from pallas_kernels.quantize import reference
+from pallas_kernels.quantize.pallas_sm90 import scale_of
+from pallas_kernels.quantize.reference import TILE, Tiles
+from pallas_kernels.quantize.tile_loop import F8, tiles_of
+
+SPAN = 4
+"""Tiles of columns of a thread block, where as many divide the row."""
+
+
+def obstacle(q_TD: Array, num_rows: int, block: int) -> str | None:
+    """Says why the kernel cannot sort these codes, or None where it can."""
+    if (why := dispatch.hopper_obstacle()) is not None:
+        return why
+    if q_TD.dtype != F8:
+        return f"rows must be float8_e4m3fn, got {q_TD.dtype}"
+    if 0 in q_TD.shape or q_TD.shape[1] % TILE:
+        return f"a row must be a multiple of {TILE} numbers, got {q_TD.shape}"
+    if block % TILE or not num_rows:
+        return f"blocks must be of a multiple of {TILE} rows, got {block}"
+    return None
+
+
+def permute_columns(tiles: Tiles, index_M: Array, used: Array, **options: Any) -> Tiles:
+    """The columns alone; see :func:`permute_both`."""
+    return _sorting(tiles, index_M, used, with_rows=False, **options)[0]
+
+
+def permute_both(tiles: Tiles, index_M: Array, used: Array, **options: Any) -> tuple[Tiles, Tiles]:
+    """Row-wise and transposed tiles of the rows ``index_M``, of which those before ``128 used`` are made.
+
+    Rows whose index is not below the tokens' number have zero codes and scales of 1.
+    """
+    rows, columns = _sorting(tiles, index_M, used, with_rows=True, **options)
+    return rows, columns
+
+
+def _sorting(
+    tiles: Tiles,
+    index_M: Array,
+    used: Array,
+    *,
+    with_rows: bool,
+    span: int = SPAN,
+    interpret: Any = None,
+) -> list[Tiles]:
+    (count, dim), (made,) = tiles.q.shape, index_M.shape
+    span = max(size for size in range(1, span + 1) if dim // TILE % size == 0)
+    blocks = made // TILE
+
+    def body(*refs: Any, codes: Any, along: Any, out: Any, out_scale: Any) -> None:
+        q_ref, scale_ref, index_ref, used_ref, *row_refs, column_ref, column_scale_ref = refs
+        task = lax.axis_index("task")
+        mb, first_kb = lax.rem(task, blocks), lax.div(task, blocks) * span
+        here_m = pl.ds(mb * TILE, TILE)
+
+        def fetch(kb: Any, of_row: Array, of_line: Array) -> tuple[Array, Array]:
+            return (
+                turn.gather_rows(q_ref.at[:, pl.ds(kb * TILE, TILE)], of_row, interpret=interpret),
+                turn.gather_scales(scale_ref.at[kb], of_line, interpret=interpret),
+            )
+
+        @pl.when(mb < used_ref[0])
+        def _() -> None:
+            of_row = plgpu.load(index_ref.at[here_m], layout=turn.ROWS.reduce(1), optimized=False)
+            of_line = turn.load_line(index_ref.at[here_m], interpret=interpret)
+
+            def step(number: Any, fetched: tuple[Array, Array]) -> tuple[Array, Array]:
+                kb = first_kb + number
+                rows, scales = fetched
+                # After the last tile nothing is fetched: rows that are not there need no memory.
+                least = jnp.where(number + 1 == span, count, 0)
+                following = fetch(
+                    jnp.minimum(kb + 1, dim // TILE - 1), *(jnp.maximum(of, least) for of in (of_row, of_line))
+                )
+                turn.put_rows(codes, rows, interpret=interpret)
+                along[...] = scales
+                here_k = pl.ds(kb * TILE, TILE)
+                if with_rows:
+                    row_refs[0][here_m, here_k] = rows
+                    row_refs[1][kb, here_m] = scales
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # with a barrier
+                for half in range(2):
+                    x = turn.take_turned(codes, along, half, interpret=interpret)
+                    amax = reference.largest_magnitude(x, 1) if interpret else jnp.max(jnp.abs(x), axis=1)
+                    scale = scale_of(amax, True, interpret, turn.TURNED.reduce(1))
+                    out_scale[pl.ds(half * turn.HALF, turn.HALF)] = scale
+                    turn.put_turned(out, half, x, scale, interpret=interpret)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out, column_ref.at[here_k, here_m])
+                plgpu.copy_smem_to_gmem(out_scale, column_scale_ref.at[mb, here_k])
+                return following
+
+            lax.fori_loop(0, span, step, fetch(first_kb, of_row, of_line))
+            plgpu.wait_smem_to_gmem(0)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=[*(tiles_of(made, dim) if with_rows else ()), *tiles_of(dim, made)],
+        scratch_types={
+            "codes": plgpu.SMEM((TILE, TILE), F8),
+            "along": plgpu.SMEM((TILE,), jnp.float32),
+            "out": plgpu.SMEM((TILE, TILE), F8, transforms=turn.SWIZZLED),
+            "out_scale": plgpu.SMEM((TILE,), jnp.float32),
+        },
+        grid=(blocks * (dim // TILE // span),),
+        grid_names=("task",),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        interpret=interpret,
+    )
+    operands = (*tiles, index_M, jnp.reshape(used, (1,)))
+    outputs = [varying.like(one, *operands) for one in kernel(*operands)]
+    return [Tiles(*outputs[i : i + 2]) for i in range(0, len(outputs), 2)]
