@@ -106,23 +106,29 @@ def run_blocks(
         x, aux, above = block(x, positions, balance=balance, cache=below, form=form)
         return (x, above.pages if above else None), aux
 
-    turn = rematerialize(layer, remat, scanned=not unroll)
+    turn = rematerialize(layer, remat, scanned=not unroll, pinned=(True, False))
     numbers = first_layer + jnp.arange(jax.tree.leaves(stacked)[0].shape[0])
     (x, pages), aux = lax.scan(turn, (x, cache.pages if cache else None), (stacked, numbers), unroll=unroll)
     return x, aux, cache._replace(pages=pages) if cache and pages else None
 
 
-def rematerialize[**P, R](function: Callable[P, R], remat: Remat, *, scanned: bool) -> Callable[P, R]:
+def rematerialize[**P, R](
+    function: Callable[P, R], remat: Remat, *, scanned: bool, pinned: bool | tuple[bool, ...] = True
+) -> Callable[P, R]:
     """``function`` under the chosen recomputation.
 
     ``paper`` keeps what matrix products other than MLA's up-projections put out and what other ranks sent, and
     computes norms, up-projections, rotation and SwiGLU again in the backward pass (spec 12); ``full`` keeps a block's
     input only.
+
+    Outside of a loop XLA would find both computations in one program and do one. What ``pinned`` arguments (one for
+    each, or all) hold goes through a barrier that hides it. Weights should not: XLA would have to keep each layer's
+    float32 slice of its stack from the one pass to the other, where it casts the stack once and reads that in both.
     """
     if remat == "none":
         return function
     policy = jax.checkpoint_policies.save_only_these_names(*_SAVED) if remat == "paper" else None
-    return jax.checkpoint(function, policy=policy, prevent_cse=not scanned)
+    return jax.checkpoint(function, policy=policy, prevent_cse=not scanned and pinned)
 
 
 def concatenate_aux(records: list[MoEAux | None]) -> MoEAux | None:

@@ -52,7 +52,8 @@ class MTP(nnx.Module):
             x, aux, _ = module.block(module.join(hidden, embedded), positions, balance=balance)
             return *module.heads(x), aux
 
-        return rematerialize(forward, remat, scanned=False)(state, hidden, embedded)
+        turn = rematerialize(forward, remat, scanned=False, pinned=(False, True, True))
+        return turn(state, hidden, embedded)
 
     def with_cache(
         self,

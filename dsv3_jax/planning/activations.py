@@ -87,8 +87,8 @@ def put_off_by_block(model: ModelConfig, work: Work) -> Tensors:
 
 
 def computed_again(model: ModelConfig, work: Work, remat: str, *, moe: bool) -> int:
-    """Bytes that one block's backward pass makes anew: within one layer elementwise chains are fused, so that of a norm
-    and of SwiGLU the output alone exists."""
+    """Bytes that one block's backward pass makes anew, experts' rows aside (:func:`experts_at_work`): within one layer
+    elementwise chains are fused, so that of a norm and of SwiGLU the output alone exists."""
     if remat == "none":
         return 0
     per_token, d = work.tokens * work.element, model.hidden_size
@@ -96,13 +96,56 @@ def computed_again(model: ModelConfig, work: Work, remat: str, *, moe: bool) -> 
     again = per_token * ((heads + kv_heads) * model.qk_head_dim + kv_heads * model.value_head_dim + 2 * d)
     if model.attention == "mla":
         again += per_token * (model.q_lora_rank + model.kv_lora_rank)
-    if moe:
-        _, rows = rows_of_experts(model, work)
-        again += rows * (2 * d + model.moe_intermediate_size) * work.element
-        again += per_token * model.n_shared_experts * model.moe_intermediate_size
-    else:
-        again += per_token * model.intermediate_size
+    again += per_token * (model.n_shared_experts * model.moe_intermediate_size if moe else model.intermediate_size)
     return again + (sum(_named(model, work, moe=moe).values()) if remat == "full" else 0)
+
+
+def experts_at_work(model: ModelConfig, work: Work, remat: str) -> tuple[int, int]:
+    """Bytes of rows that experts' backward pass has at one time beside what their layer keeps: when the gradient of
+    SwiGLU is made, and when that of the tokens is, after both gradients of weights."""
+    _, rows = rows_of_experts(model, work)
+    d, width = model.hidden_size, model.moe_intermediate_size
+    sorted_again = 0 if remat == "none" and work.unroll else _input(rows, d, work)
+    # The gradient of the output; of SwiGLU, its output and the gradients of that and of its input.
+    if work.fp8:
+        made = _input(rows, d, work) + _gradient(rows, d, work) + rows * width * work.element
+        made += _input(rows, 2 * width, work) + _gradient(rows, 2 * width, work) + _gradient(rows, width, work)
+    else:
+        made = rows * (d + 4 * width) * work.element
+    return sorted_again + made, rows * d * work.element + _input(rows, 2 * width, work)
+
+
+def put_off_by_scheduler(model: ModelConfig, work: Work) -> int:
+    """Bytes by which what is there of one layer's experts' weight gradients is less than those, for XLA puts them off.
+
+    Of what can be done next its scheduler takes what frees most or adds least. A weight's gradient adds what it is
+    larger than its two operands, and waits as long as there is something that adds less: the gradient of the rows, for
+    which all layers below wait.
+    """
+    _, rows = rows_of_experts(model, work)
+    d, width, experts = model.hidden_size, model.moe_intermediate_size, model.n_routed_experts // work.placement.size
+    # FP8 has tiles of its own for it, which it is the last to read.
+    added = rows * d * work.element - (_input(rows, 2 * width, work) if work.fp8 else 0)
+    sizes = (2 * width, width)
+    larger = [4 * experts * d * size - _gradient(rows, d, work) - _gradient(rows, size, work) for size in sizes]
+    return sum(one for one in larger if one > added)
+
+
+def experts_forward(model: ModelConfig, work: Work) -> int:
+    """Bytes of rows that experts' forward pass has at one time and does not keep."""
+    _, rows = rows_of_experts(model, work)
+    width = 2 * model.moe_intermediate_size if work.fp8 else model.hidden_size
+    return rows * width * work.element
+
+
+def recomputed_down(model: ModelConfig, work: Work) -> int:
+    """Bytes that the paper's set also keeps of a block whose output is computed again: in FP8 what down projections
+    read, which elsewhere is made of the kept gate and up."""
+    if not work.fp8 or not model.n_routed_experts:
+        return 0
+    _, rows = rows_of_experts(model, work)
+    width = model.moe_intermediate_size
+    return _input(rows, width, work) + _input(work.tokens, model.n_shared_experts * width, work)
 
 
 def rows_of_experts(model: ModelConfig, work: Work) -> tuple[int, int]:
@@ -130,10 +173,8 @@ def _named(model: ModelConfig, work: Work, *, moe: bool) -> Tensors:
         return kept | {"gate_up": per_token * 2 * model.intermediate_size}
     _, rows = rows_of_experts(model, work)
     width = model.moe_intermediate_size
-    # In FP8 with what the down projection reads.
-    hidden = 3 if work.fp8 else 2
-    kept["experts' gate_up"] = _input(rows, hidden * width, work)
-    kept["shared experts' gate_up"] = _input(work.tokens, hidden * model.n_shared_experts * width, work)
+    kept["experts' gate_up"] = _input(rows, 2 * width, work)
+    kept["shared experts' gate_up"] = _input(work.tokens, 2 * model.n_shared_experts * width, work)
     return kept | {"rows from other devices": sum(hop.arrived for hop in _hops(model, work))}
 
 

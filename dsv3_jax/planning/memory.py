@@ -5,7 +5,8 @@ the backward pass when most is; XLA adds some buffers of its own.
 
 Layers in a loop have stacks for all their gradients from the beginning of the backward pass, beside all activations.
 Unrolled layers make gradients as they use activations up, so that of the two the larger counts (their sum changes
-evenly from layer to layer); but their weights are cast once, all at the beginning, and stay.
+evenly from layer to layer); but their weights are cast once, all at the beginning, and stay until the stack's last
+layer has read them, backwards. Of FP8's codes one orientation is let go of after the forward pass.
 """
 
 import math
@@ -14,8 +15,15 @@ from dataclasses import dataclass, field
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import Config, ConfigError
-from dsv3_jax.planning.activations import Tensors, Work, block_rows, kept_by_block
-from dsv3_jax.planning.at_work import head_at_work, layer_at_work, mtp_kept, size_of
+from dsv3_jax.planning.activations import Tensors, Work, block_rows, kept_by_block, put_off_by_scheduler
+from dsv3_jax.planning.at_work import (
+    forward_at_work,
+    head_at_work,
+    layer_at_work,
+    mtp_kept,
+    numbers_of_layer,
+    size_of,
+)
 from dsv3_jax.planning.carried import carried_by_ticks, pass_at_work
 from dsv3_jax.planning.shapes import parameter_shapes, router_bias_shapes
 from dsv3_jax.planning.stages import Schedule, Stages, stages_of
@@ -123,6 +131,8 @@ class _Weights:
     """Of those that are not kept whole, by whether they travel as ``bf16``, ``fp32`` or ``fp8``."""
     codes: int = 0
     """Bytes of those that travel as ``fp8``: codes in both orientations, padded, and their scales."""
+    forward_again: int = 0
+    """Bytes of FP8 codes that the products of the forward pass read which are computed again."""
     mirrored: int = 0
     """Of ``whole``, what another rank's share of the gradients holds: DualPipe's mirror copy."""
 
@@ -144,10 +154,21 @@ def _weights(config: Config, sizes: dict[str, int], stages: Stages) -> _Weights:
         kind = travels_as(path, len(shape), config.train.precision)
         if pipe == 1 and share_spec == whole_spec:
             found.cast += 0 if kind == "fp32" else whole
+            codes = 2 * whole
         else:
             found.gathered[kind] = found.gathered.get(kind, 0) + whole
-            found.codes += _codes(shape[-2:], whole) if kind == "fp8" else 0
+            codes = _codes(shape[-2:], whole)
+            found.codes += codes if kind == "fp8" else 0
+        if kind == "fp8" and _product_again(path, config.train.remat):
+            found.forward_again += codes // 2
     return found
+
+
+def _product_again(path: str, remat: str) -> bool:
+    """Whether a block's backward pass repeats the product of the weight at ``path``: with the paper's set those of
+    MLA's up-projections, else all but the last one."""
+    attention_up = path.endswith(("q_up/kernel", "kv_up/kernel"))
+    return remat != "none" and (attention_up if remat == "paper" else "/down" not in path)
 
 
 def _codes(matrix: tuple[int, ...], numbers: int) -> int:
@@ -192,12 +213,8 @@ def _plan(config: Config, sizes: dict[str, int], work: Work, micro_batches: int,
         after |= {"gradients in shares": 4 * weights.share}
         step |= {"weights, cast": weights.codes} | max(ticks, after, key=size_of)
         return MemoryPlan(sizes, work.tokens, micro_batches, train.remat, state, step, kept, host)
-    backward = {
-        "activations of MoE layers": model.n_moe_layers * sum(kept.get("moe", {}).values()),
-        "activations of dense layers": model.n_dense_layers * sum(kept.get("dense", {}).values()),
-        "activations of MTP": model.num_nextn_predict_layers * mtp_kept(model, work, train.remat),
-        **max(head_at_work(config, work), layer_at_work(config, work), key=size_of),
-    }
+    activations = _activations(kept, model.n_moe_layers, model.n_dense_layers)
+    activations["activations of MTP"] = model.num_nextn_predict_layers * mtp_kept(model, work, train.remat)
     # The optimizer needs gradients summed and in shares when the activations are gone.
     update = {"gradients in shares": 4 * weights.share if weights.share < weights.whole else 0}
     whole = {
@@ -207,19 +224,60 @@ def _plan(config: Config, sizes: dict[str, int], work: Work, micro_batches: int,
     # FP8 has a byte a number in each orientation, made once a step.
     cast = {"weights, cast": weights.codes + (2 * weights.cast if train.unroll or train.precision == "fp8" else 0)}
     if train.unroll:
-        # Of several micro-batches the sum of gradients is carried along, their own come layer by layer; and the casts
-        # are read again. Of one, a layer's cast goes with its activations.
+        # Of several micro-batches the sum of gradients is carried along, their own come layer by layer; and all casts
+        # are read again. Of one, a backward pass reads FP8's codes in one orientation, and what it computes again.
         again = micro_batches > 1
         carried = {"gradients": whole["gradients"]} if again else {}
-        made = {"gradients of a micro-batch" if again else "gradients": 4 * weights.whole}
-        late = cast if again else {}
+        name = "gradients of a micro-batch" if again else "gradients"
+        late = cast
+        if work.fp8 and not again:
+            late = {"weights, cast": cast["weights, cast"] // 2 + weights.forward_again}
+        (kept_by_one, all_but_one), (kept_by_two, all_but_two) = (
+            _far_back(config, work, weights.whole, kept, number) for number in (1, 2)
+        )
+        layer = layer_at_work(config, work)
+        # Of the table and of the head they are zeros in their whole size before the first is made.
+        activations |= {name: 4 * model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)}
         step |= carried
-        step |= max(cast | backward, late | made | layer_at_work(config, work), late | carried | update, key=size_of)
+        step |= max(
+            cast | activations | {"experts' rows of the forward pass": forward_at_work(model, work)},
+            late | activations | max(head_at_work(config, work), layer, key=size_of),
+            late | {name: all_but_two} | kept_by_two | layer,
+            # The first layer's products are the last to read the stack's casts.
+            (late if again else {}) | {name: all_but_one} | kept_by_one | layer,
+            (late if again else {}) | {name: 4 * weights.whole},
+            (late | carried if again else {}) | update,
+            key=size_of,
+        )
         first = ("gathered weights", "EMA: copied parameters, two shares", "gradients", "weights, cast")
         step = dict.fromkeys((name for name in first if name in step), 0) | step
     else:
+        backward = activations | max(head_at_work(config, work), layer_at_work(config, work), key=size_of)
         step |= cast | whole | max(backward, update, key=size_of)
     return MemoryPlan(sizes, work.tokens, micro_batches, train.remat, state, step, kept, host)
+
+
+def _activations(kept: dict[str, Tensors], moe: int, dense: int) -> Tensors:
+    """What so many layers of each kind keep."""
+    return {
+        "activations of MoE layers": moe * size_of(kept.get("moe", {})),
+        "activations of dense layers": dense * size_of(kept.get("dense", {})),
+    }
+
+
+def _far_back(config: Config, work: Work, whole: int, kept: dict[str, Tensors], at_work: int) -> tuple[Tensors, int]:
+    """Late in the backward pass, when layer number ``at_work`` of the large stack is at work, the first being 1: what
+    it and the layers before it keep, and bytes of the gradients of all layers behind it."""
+    model = config.model
+    moe, dense = min(at_work, model.n_moe_layers), min(at_work, model.n_dense_layers)
+    if moe:
+        dense = model.n_dense_layers
+    made = 4 * whole
+    for kind, layers in ((True, moe), (False, dense)):
+        made -= layers * 4 * numbers_of_layer(model, work, moe=kind) if layers else 0
+    if moe:
+        made -= (model.n_moe_layers - moe) * put_off_by_scheduler(model, work)
+    return _activations(kept, moe, dense), made
 
 
 def _held(weights: _Weights, sizes: dict[str, int]) -> int:
