@@ -5,6 +5,8 @@ codes are on their way to registers while one is turned around. All blocks take 
 next: the tokens' codes in those are few enough to stay in the cache for all the rows that want them.
 """
 
+import functools
+import operator
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,8 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch, varying
-from pallas_kernels.permute import turn
-from pallas_kernels.quantize import reference
+from pallas_kernels.permute import rescale, turn
 from pallas_kernels.quantize.pallas_sm90 import scale_of
 from pallas_kernels.quantize.reference import TILE, Tiles
 from pallas_kernels.quantize.tile_loop import F8, tiles_of
@@ -63,7 +64,7 @@ def _sorting(
     span = max(size for size in range(1, span + 1) if dim // TILE % size == 0)
     blocks = made // TILE
 
-    def body(*refs: Any, codes: Any, along: Any, out: Any, out_scale: Any) -> None:
+    def body(*refs: Any, codes: Any, along: Any, factors: Any, fits: Any, out: Any, out_scale: Any) -> None:
         q_ref, scale_ref, index_ref, used_ref, *row_refs, column_ref, column_scale_ref = refs
         task = lax.axis_index("task")
         mb, first_kb = lax.rem(task, blocks), lax.div(task, blocks) * span
@@ -90,17 +91,31 @@ def _sorting(
                 )
                 turn.put_rows(codes, rows, interpret=interpret)
                 along[...] = scales
+                rescale.note(factors, fits, scales, interpret=interpret)
                 here_k = pl.ds(kb * TILE, TILE)
                 if with_rows:
                     row_refs[0][here_m, here_k] = rows
                     row_refs[1][kb, here_m] = scales
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # with a barrier
-                for half in range(2):
-                    x = turn.take_turned(codes, along, half, interpret=interpret)
-                    amax = reference.largest_magnitude(x, 1) if interpret else jnp.max(jnp.abs(x), axis=1)
-                    scale = scale_of(amax, True, interpret, turn.TURNED.reduce(1))
-                    out_scale[pl.ds(half * turn.HALF, turn.HALF)] = scale
-                    turn.put_turned(out, half, x, scale, interpret=interpret)
+                narrow = functools.reduce(operator.and_, (fits[warp] for warp in range(4)))
+                for wide, chosen in ((False, narrow == 1), (True, narrow == 0)):
+
+                    @pl.when(chosen)
+                    def _(wide: bool = wide) -> None:
+                        for half in range(2):
+
+                            def numbers(half: int = half) -> Array:
+                                q = turn.take_turned(codes, half, interpret=interpret)
+                                return rescale.products(q, along if wide else factors, interpret=interpret)
+
+                            x = numbers()
+                            amax = rescale.largest(x, interpret=interpret)
+                            scale = scale_of(amax, True, interpret, turn.TURNED.reduce(1))
+                            out_scale[pl.ds(half * turn.HALF, turn.HALF)] = scale
+                            # Made again, float32 numbers take no registers in between.
+                            q = rescale.encode(numbers() if wide else x, scale, interpret=interpret)
+                            turn.put_turned(out, half, q, interpret=interpret)
+
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out, column_ref.at[here_k, here_m])
                 plgpu.copy_smem_to_gmem(out_scale, column_scale_ref.at[mb, here_k])
@@ -115,6 +130,8 @@ def _sorting(
         scratch_types={
             "codes": plgpu.SMEM((TILE, TILE), F8),
             "along": plgpu.SMEM((TILE,), jnp.float32),
+            "factors": plgpu.SMEM((TILE,), jnp.float16),
+            "fits": plgpu.SMEM((4,), jnp.int32),
             "out": plgpu.SMEM((TILE, TILE), F8, transforms=turn.SWIZZLED),
             "out_scale": plgpu.SMEM((TILE,), jnp.float32),
         },

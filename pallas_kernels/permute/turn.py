@@ -11,20 +11,19 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.quantize import reference
 from pallas_kernels.quantize.reference import TILE
 from pallas_kernels.quantize.tile_loop import F8, swizzled
 
 HALF = TILE // 2
 
-_inline: Any = plgpu.inline_mgpu  # what it decorates takes a context that its callers do not give
+inline: Any = plgpu.inline_mgpu  # what it decorates takes a context that its callers do not give
 
 ROWS = plgpu.Layout.TILED(
     plgpu.Tiling(((16, 128), (4, 128), (16,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
@@ -48,11 +47,11 @@ def load_line(index_ref: Any, *, interpret: Any) -> Array:
     if interpret:
         return index_ref[...]
 
-    @_inline(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((TILE,), jnp.int32, layout=LINE))
+    @inline(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((TILE,), jnp.int32, layout=LINE))
     def run(ctx: Any, ref: Any) -> Any:
         del ctx
-        place = arith.muli(arith.remui(utils.thread_idx(), _int(TILE)), _int(4))
-        return _array([llvm.load(ir.VectorType.get([1], _i32()), _pointer(ref, place))], (TILE,), LINE, signed=True)
+        place = arith.muli(arith.remui(utils.thread_idx(), integer(TILE)), integer(4))
+        return array([llvm.load(ir.VectorType.get([1], i32()), pointer(ref, place))], (TILE,), LINE, signed=True)
 
     return run(index_ref)
 
@@ -66,14 +65,14 @@ def gather_rows(codes_ref: Any, index: Array, *, interpret: Any) -> Array:
 
     returned = plgpu.ShapeDtypeStruct((TILE, TILE), F8, layout=ROWS)
 
-    @_inline(arg_types=(plgpu.RefType(), ROWS.reduce(1)), return_type=returned)
+    @inline(arg_types=(plgpu.RefType(), ROWS.reduce(1)), return_type=returned)
     def run(ctx: Any, ref: Any, index: Any) -> Any:
         del ctx
         (stride, _), _ = ir.MemRefType(ref.type).get_strides_and_offset()
-        lane = arith.remui(utils.thread_idx(), _int(8))
-        base = _pointer(ref, arith.muli(lane, _int(16)))
-        registers = [_load_if_below(count, _scalar(number), base, stride) for number in index.registers.flat]
-        return _array(registers, (TILE, TILE), ROWS)
+        lane = arith.remui(utils.thread_idx(), integer(8))
+        base = pointer(ref, arith.muli(lane, integer(16)))
+        registers = [_load_if_below(count, scalar(number), base, stride) for number in index.registers.flat]
+        return array(registers, (TILE, TILE), ROWS)
 
     return run(codes_ref, index)
 
@@ -86,18 +85,18 @@ def gather_scales(scale_ref: Any, index: Array, *, interpret: Any) -> Array:
 
     returned = plgpu.ShapeDtypeStruct((TILE,), jnp.float32, layout=LINE)
 
-    @_inline(arg_types=(plgpu.RefType(), LINE), return_type=returned)
+    @inline(arg_types=(plgpu.RefType(), LINE), return_type=returned)
     def run(ctx: Any, ref: Any, index: Any) -> Any:
         del ctx
-        number = _scalar(index.registers.flat[0])
+        number = scalar(index.registers.flat[0])
         asm = (
             "{ .reg .pred there; setp.lt.u32 there, $2, " + str(count) + "; mov.f32 $0, 0f3F800000; "
             "@there ld.global.f32 $0, [$1]; }"
         )
         value = llvm.inline_asm(
-            ir.F32Type.get(), [_element(_pointer(ref), number, 4), number], asm, "=&f,l,r", has_side_effects=True
+            ir.F32Type.get(), [_element(pointer(ref), number, 4), number], asm, "=&f,l,r", has_side_effects=True
         )
-        return _array([vector.from_elements(ir.VectorType.get([1], value.type), [value])], (TILE,), LINE)
+        return array([vector.from_elements(ir.VectorType.get([1], value.type), [value])], (TILE,), LINE)
 
     return run(scale_ref, index)
 
@@ -108,102 +107,79 @@ def put_rows(buffer: Any, codes: Array, *, interpret: Any) -> None:
         buffer[...] = codes
         return
 
-    @_inline(arg_types=(plgpu.RefType(), ROWS), return_type=())
+    @inline(arg_types=(plgpu.RefType(), ROWS), return_type=())
     def run(ctx: Any, ref: Any, codes: Any) -> Any:
         del ctx
         warp, lane = _warp_and_lane()
-        within = arith.addi(arith.muli(warp, _int(4)), arith.divui(lane, _int(8)))
-        piece = arith.remui(lane, _int(8))
+        within = arith.addi(arith.muli(warp, integer(4)), arith.divui(lane, integer(8)))
+        piece = arith.remui(lane, integer(8))
         for number, register in enumerate(codes.registers.flat):
-            row = arith.addi(_int(16 * number), within)
+            row = arith.addi(integer(16 * number), within)
             # Of the eight rows that one transposed matrix is made of, two are neighbours, the next eight apart.
-            pair = arith.remui(arith.divui(row, _int(8)), _int(4))
-            key = arith.addi(arith.muli(pair, _int(2)), arith.remui(row, _int(2)))
-            place = arith.addi(arith.muli(row, _int(TILE)), arith.muli(arith.xori(piece, key), _int(16)))
-            words = vector.bitcast(ir.VectorType.get([4], _i32()), register)
-            llvm.store(words, _pointer(ref, place), alignment=16)
+            pair = arith.remui(arith.divui(row, integer(8)), integer(4))
+            key = arith.addi(arith.muli(pair, integer(2)), arith.remui(row, integer(2)))
+            place = arith.addi(arith.muli(row, integer(TILE)), arith.muli(arith.xori(piece, key), integer(16)))
+            llvm.store(words_of(register), pointer(ref, place), alignment=16)
         return ()
 
     run(buffer, codes)
 
 
-def take_turned(buffer: Any, scales: Any, half: int, *, interpret: Any) -> Array:
-    """``[64, 128]`` float32 numbers in ``TURNED``: the transpose of 64 columns of what :func:`put_rows` wrote, each row
-    of that times its own of ``scales`` ``[128]`` in shared memory."""
+def take_turned(buffer: Any, half: int, *, interpret: Any) -> Array:
+    """``[64, 128]`` codes in ``TURNED``: the transpose of 64 columns of what :func:`put_rows` wrote."""
     if interpret:
-        codes = buffer[...].T[half * HALF : (half + 1) * HALF]
-        return codes.astype(jnp.float32) * scales[...]
+        return buffer[...].T[half * HALF : (half + 1) * HALF]
 
-    returned = plgpu.ShapeDtypeStruct((HALF, TILE), jnp.float32, layout=TURNED)
-
-    @_inline(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=returned)
-    def run(ctx: Any, ref: Any, scales_ref: Any) -> Any:
+    @inline(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((HALF, TILE), F8, layout=TURNED))
+    def run(ctx: Any, ref: Any) -> Any:
         del ctx
         warp, lane = _warp_and_lane()
-        matrix, key = arith.divui(lane, _int(8)), arith.remui(lane, _int(8))
+        matrix, key = arith.divui(lane, integer(8)), arith.remui(lane, integer(8))
         row = _sum(
-            arith.muli(arith.divui(key, _int(2)), _int(8)), arith.muli(matrix, _int(2)), arith.remui(key, _int(2))
+            arith.muli(arith.divui(key, integer(2)), integer(8)),
+            arith.muli(matrix, integer(2)),
+            arith.remui(key, integer(2)),
         )
-        piece = arith.xori(arith.addi(warp, _int(4 * half)), key)
-        place = arith.addi(arith.muli(row, _int(TILE)), arith.muli(piece, _int(16)))
-        eight = ir.VectorType.get([8], ir.F32Type.get())
-        along = arith.muli(arith.remui(lane, _int(4)), _int(32))
+        piece = arith.xori(arith.addi(warp, integer(4 * half)), key)
+        place = arith.addi(arith.muli(row, integer(TILE)), arith.muli(piece, integer(16)))
         registers = []
         for first in range(0, TILE, 32):
-            words = _load_transposed(_pointer(ref, arith.addi(place, _int(first * TILE))))
-            scale = llvm.load(eight, _pointer(scales_ref, arith.addi(along, _int(first * 4))), alignment=16)
-            for selected in (0x6420, 0x7531):
-                wide = [_widened(_bytes(words[i], words[i + 1], selected)) for i in (0, 2)]
-                registers.append(arith.mulf(vector.from_elements(eight, wide[0] + wide[1]), scale))
-        return _array(registers, (HALF, TILE), TURNED)
+            words = _load_transposed(pointer(ref, arith.addi(place, integer(first * TILE))))
+            registers += [_codes([_bytes(words[i], words[i + 1], of) for i in (0, 2)]) for of in (0x6420, 0x7531)]
+        return array(registers, (HALF, TILE), TURNED)
 
-    return run(buffer, scales)
+    return run(buffer)
 
 
-def put_turned(buffer: Any, half: int, x: Array, scale: Array, *, interpret: Any) -> None:
-    """Writes the codes of ``x`` in ``TURNED`` to 64 rows of a ``[128, 128]`` buffer that is ``SWIZZLED``.
-
-    Scales are powers of two, or infinite: then a row's codes are zero.
-    """
-    finite = scale < jnp.inf
+def put_turned(buffer: Any, half: int, codes: Array, *, interpret: Any) -> None:
+    """Writes codes in ``TURNED`` to 64 rows of a ``[128, 128]`` buffer that is ``SWIZZLED``."""
     if interpret:
-        codes = jnp.where(finite[:, None], reference.divide(x, scale[:, None]), 0.0)
-        buffer[half * HALF : (half + 1) * HALF, :] = codes.astype(F8)
+        buffer[half * HALF : (half + 1) * HALF, :] = codes
         return
-    # As in quantize.division: all reciprocals are normal numbers.
-    inverse = lax.bitcast_convert_type((254 << 23) - lax.bitcast_convert_type(scale, jnp.int32), jnp.float32)
-    keep = jnp.where(finite, jnp.int32(-1), jnp.int32(0))
 
-    per_row = TURNED.reduce(1)
-
-    @_inline(arg_types=(plgpu.RefType(SWIZZLED), TURNED, per_row, per_row), return_type=())
-    def run(ctx: Any, ref: Any, x: Any, inverse: Any, keep: Any) -> Any:
+    @inline(arg_types=(plgpu.RefType(SWIZZLED), TURNED), return_type=())
+    def run(ctx: Any, ref: Any, codes: Any) -> Any:
         del ctx
         warp, lane = _warp_and_lane()
-        pair, part = arith.divui(lane, _int(4)), arith.remui(lane, _int(4))
-        first = arith.addi(arith.muli(warp, _int(16)), arith.muli(pair, _int(2)))
-        factors, masks = ([_scalar(register) for register in of.registers.flat] for of in (inverse, keep))
-        for number, register in enumerate(x.registers.flat):
-            which = number % 2
-            row = arith.addi(first, _int(half * HALF + which))
-            piece = arith.addi(_int(2 * (number // 2)), arith.divui(part, _int(2)))
+        pair, part = arith.divui(lane, integer(4)), arith.remui(lane, integer(4))
+        first = arith.addi(arith.muli(warp, integer(16)), arith.muli(pair, integer(2)))
+        for number, register in enumerate(codes.registers.flat):
+            row = arith.addi(first, integer(half * HALF + number % 2))
+            piece = arith.addi(integer(2 * (number // 2)), arith.divui(part, integer(2)))
             place = _sum(
-                arith.muli(row, _int(TILE)),
-                arith.muli(arith.xori(piece, arith.remui(row, _int(8))), _int(16)),
-                arith.muli(arith.remui(part, _int(2)), _int(8)),
+                arith.muli(row, integer(TILE)),
+                arith.muli(arith.xori(piece, arith.remui(row, integer(8))), integer(16)),
+                arith.muli(arith.remui(part, integer(2)), integer(8)),
             )
-            quotients = arith.mulf(register, vector.broadcast(register.type, factors[which]))
-            words = [arith.andi(word, masks[which]) for word in _encoded(quotients)]
-            packed = vector.from_elements(ir.VectorType.get([2], _i32()), words)
-            llvm.store(packed, _pointer(ref, place), alignment=8)
+            llvm.store(words_of(register), pointer(ref, place), alignment=8)
         return ()
 
-    run(buffer, x, inverse, keep)
+    run(buffer, codes)
 
 
 def _warp_and_lane() -> tuple[Any, Any]:
     thread = utils.thread_idx()
-    return arith.remui(arith.divui(thread, _int(32)), _int(4)), arith.remui(thread, _int(32))
+    return arith.remui(arith.divui(thread, integer(32)), integer(4)), arith.remui(thread, integer(32))
 
 
 def _sum(*terms: Any) -> Any:
@@ -216,55 +192,31 @@ def _load_if_below(count: int, number: Any, base: Any, stride: int) -> Any:
         "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
         "@there ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4]; }"
     )
-    four = llvm.StructType.get_literal([_i32()] * 4)
+    four = llvm.StructType.get_literal([i32()] * 4)
     words = llvm.inline_asm(
         four, [_element(base, number, stride), number], asm, "=&r,=&r,=&r,=&r,l,r", has_side_effects=True
     )
-    return _codes([llvm.extractvalue(_i32(), words, [i]) for i in range(4)])
+    return _codes([llvm.extractvalue(i32(), words, [i]) for i in range(4)])
 
 
 def _load_transposed(pointer: Any) -> list[Any]:
-    four = llvm.StructType.get_literal([_i32()] * 4)
+    four = llvm.StructType.get_literal([i32()] * 4)
     asm = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
-    address = llvm.ptrtoint(_i32(), pointer)
+    address = llvm.ptrtoint(i32(), pointer)
     words = llvm.inline_asm(four, [address], asm, "=r,=r,=r,=r,r,~{memory}", has_side_effects=True)
-    return [llvm.extractvalue(_i32(), words, [i]) for i in range(4)]
+    return [llvm.extractvalue(i32(), words, [i]) for i in range(4)]
 
 
 def _bytes(low: Any, high: Any, selected: int) -> Any:
-    return llvm.inline_asm(_i32(), [low, high], f"prmt.b32 $0, $1, $2, {selected};", "=r,r,r")
-
-
-def _widened(word: Any) -> list[Any]:
-    """The four codes of a word in float32."""
-    pair, i16 = ir.VectorType.get([2], ir.F16Type.get()), ir.IntegerType.get_signless(16)
-    halves = vector.bitcast(ir.VectorType.get([2], i16), vector.from_elements(ir.VectorType.get([1], _i32()), [word]))
-    made = []
-    for part in range(2):
-        codes = vector.extract(halves, dynamic_position=[], static_position=[part])
-        both = llvm.inline_asm(_i32(), [codes], "cvt.rn.f16x2.e4m3x2 $0, $1;", "=r,h")
-        wide = vector.bitcast(pair, vector.from_elements(ir.VectorType.get([1], _i32()), [both]))
-        narrow = [vector.extract(wide, dynamic_position=[], static_position=[i]) for i in range(2)]
-        made += [arith.extf(ir.F32Type.get(), one) for one in narrow]
-    return made
-
-
-def _encoded(numbers: Any) -> list[Any]:
-    """Words of the codes of eight float32 numbers."""
-    parts = [vector.extract(numbers, dynamic_position=[], static_position=[i]) for i in range(8)]
-    asm = (
-        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; "
-        "mov.b32 $0, {low, high}; }"  # the second source of a conversion goes to the lower half
-    )
-    return [llvm.inline_asm(_i32(), parts[first : first + 4], asm, "=r,f,f,f,f") for first in (0, 4)]
+    return llvm.inline_asm(i32(), [low, high], f"prmt.b32 $0, $1, $2, {selected};", "=r,r,r")
 
 
 def _codes(words: list[Any]) -> Any:
-    packed = vector.from_elements(ir.VectorType.get([len(words)], _i32()), words)
+    packed = vector.from_elements(ir.VectorType.get([len(words)], i32()), words)
     return vector.bitcast(ir.VectorType.get([4 * len(words)], ir.Float8E4M3FNType.get()), packed)
 
 
-def _array(registers: list[Any], shape: tuple[int, ...], layout: Any, signed: bool | None = None) -> Any:
+def array(registers: list[Any], shape: tuple[int, ...], layout: Any, signed: bool | None = None) -> Any:
     """Registers in the order of their layout as an array."""
     of = layout.to_mgpu()
     held = np.empty(len(registers), dtype=object)
@@ -272,7 +224,15 @@ def _array(registers: list[Any], shape: tuple[int, ...], layout: Any, signed: bo
     return mgpu.FragmentedArray(_registers=held.reshape(of.registers_shape(shape)), _layout=of, _is_signed=signed)
 
 
-def _scalar(register: Any) -> Any:
+def words_of(register: Any) -> Any:
+    """The bits of a register as a vector of 32-bit words."""
+    of = ir.VectorType(register.type)
+    size = of.shape[0] * utils.bitwidth(of.element_type) // 32
+    return vector.bitcast(ir.VectorType.get([size], i32()), register)
+
+
+def scalar(register: Any) -> Any:
+    """The one number of a register."""
     return vector.extract(register, dynamic_position=[], static_position=[0])
 
 
@@ -282,7 +242,7 @@ def _element(base: Any, number: Any, stride: int) -> Any:
     return _after(base, arith.muli(arith.extui(i64, number), arith.constant(i64, stride)))
 
 
-def _pointer(ref: Any, place: Any = None) -> Any:
+def pointer(ref: Any, place: Any = None) -> Any:
     """The pointer to the byte ``place`` of a buffer."""
     start = utils.memref_ptr(ref)
     return start if place is None else _after(start, place)
@@ -292,9 +252,11 @@ def _after(pointer: Any, place: Any) -> Any:
     return utils.getelementptr(pointer, [place], ir.IntegerType.get_signless(8))
 
 
-def _int(value: int) -> Any:
-    return arith.constant(_i32(), value)
+def integer(value: int) -> Any:
+    """A constant of 32 bits."""
+    return arith.constant(i32(), value)
 
 
-def _i32() -> Any:
+def i32() -> Any:
+    """The type of a word."""
     return ir.IntegerType.get_signless(32)
