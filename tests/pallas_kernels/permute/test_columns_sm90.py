@@ -1,4 +1,4 @@
-"""Columns of sorted rows: in the interpreter with its race detector, lowered for Hopper, and (-m gpu) on the device."""
+"""Sorted rows and columns of tiles: in the interpreter with its races, lowered for Hopper, (-m gpu) on the device."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,15 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.permute import columns_sm90, make_plan, permute_both, permute_columns, permute_tiles, rescale
+from pallas_kernels.permute import (
+    columns_sm90,
+    make_plan,
+    permute_both,
+    permute_columns,
+    permute_tiles,
+    rescale,
+    rows_sm90,
+)
 from pallas_kernels.quantize import Tiles, quantize_rows, requantize_columns
 from pallas_kernels.testing import spilled_bytes
 
@@ -62,7 +70,11 @@ def test_rows_and_columns_in_the_interpreter_are_those_of_two_steps_without_a_ra
     made = columns_sm90.permute_both(tiles, plan.token_of_row_M, plan.num_blocks, interpret=RACES)
     jax.block_until_ready(made)
     assert not gpu_callbacks.get_races().races_found
-    same(made, jax.jit(composed)(tiles, plan), plan)
+    same(made, expected := jax.jit(composed)(tiles, plan), plan)
+    rows = jax.block_until_ready(rows_sm90.permute_rows(tiles, plan.token_of_row_M, interpret=RACES))
+    assert not gpu_callbacks.get_races().races_found
+    for a, b in zip(rows, expected[0], strict=True):
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
 
 
 def test_both_and_columns_of_any_device_are_those_of_two_steps():
@@ -82,7 +94,7 @@ def test_what_the_kernel_cannot_take_is_said(monkeypatch):
         permute_columns(Tiles(tiles.q[1:], tiles.scale[:, 1:]), plan)
 
 
-@pytest.mark.parametrize("function", [permute_columns, permute_both])
+@pytest.mark.parametrize("function", [permute_tiles, permute_columns, permute_both])
 def test_the_kernels_lower_for_hopper(monkeypatch, function):
     tiles, plan = draw(200, 384, 3, 2)
     monkeypatch.setattr(dispatch, "hopper_obstacle", lambda: None)
@@ -126,12 +138,13 @@ def test_rows_and_columns_on_hopper_are_those_of_two_steps(shape, wild):
 PROGRAM = """
 import jax
 import jax.numpy as jnp
-from pallas_kernels.permute import columns_sm90
+from pallas_kernels.permute import columns_sm90, rows_sm90
 from pallas_kernels.quantize import Tiles
 
 
 def run(tiles, index, used):
-    return [getattr(columns_sm90, f"permute_{form}")(tiles, index, used) for form in ("columns", "both")]
+    made = [getattr(columns_sm90, f"permute_{form}")(tiles, index, used) for form in ("columns", "both")]
+    return [*made, rows_sm90.permute_rows(tiles, index)]
 
 
 tiles = Tiles(jnp.ones((64, 2048), jnp.float8_e4m3fn), jnp.ones((16, 64)))
@@ -141,4 +154,4 @@ jax.block_until_ready(jax.jit(run)(tiles, jnp.zeros(256, jnp.int32), jnp.int32(2
 
 @pytest.mark.gpu
 def test_no_kernel_spills_registers():
-    assert spilled_bytes(PROGRAM) == [0] * 2
+    assert spilled_bytes(PROGRAM) == [0] * 3
