@@ -42,7 +42,7 @@ COLUMNS = plgpu.Layout.TILED(
 """``[64 n, 16 k]``: four threads hold a row, four neighbours a thread, so that four codes leave together; ``ldmatrix``
 reads two matrices for them, each with half of its rows in the other's banks."""
 
-_CODES = {ROWS: ROWS, COLUMNS: plgpu.Layout.WGMMA_8BIT}
+LAYOUT_OF_CODES = {ROWS: ROWS, COLUMNS: plgpu.Layout.WGMMA_8BIT}
 """Layouts of the codes of 16-bit numbers."""
 
 
@@ -100,8 +100,7 @@ def quantize_tile(x: Array, *, layout: Any, power_of_two: bool, interpret: Any) 
         return encode(wide, scale, layout=layout, power_of_two=power_of_two, interpret=interpret), scale
     quotient, factors = division.quotient_by(scale, of_rows, power_of_two)
     keep = jnp.where(scale < jnp.inf, jnp.int32(-1), jnp.int32(0))
-    q = words.codes_of_rows(quotient, x, factors, keep, layout=layout, codes_layout=_CODES[layout])
-    return q, scale
+    return words.codes_of_rows(quotient, x, factors, keep, layout=layout, codes_layout=LAYOUT_OF_CODES[layout]), scale
 
 
 def quantize_rows(

@@ -20,6 +20,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 _PAIR = {"bfloat16": "bf16x2", "float16": "f16x2"}
 
 
+def widened(x: Array, *, layout: Any) -> Array:
+    """``x`` in float32."""
+    name = jnp.dtype(x.dtype).name
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout))
+    def run(ctx: Any, *arrays: Any) -> Any:
+        del ctx
+        return arrays[0]._pointwise(
+            lambda register: _vector([half for word in _words(register) for half in _halves(name, word)])
+        )
+
+    return run(x)
+
+
 def largest_of_rows(x: Array, *, layout: Any) -> Array:
     """The largest magnitude of each row of ``x [..., n]`` in float32; NaN where one is."""
     name, shape = jnp.dtype(x.dtype).name, x.shape[:-1]
@@ -30,14 +44,14 @@ def largest_of_rows(x: Array, *, layout: Any) -> Array:
         del ctx
         (x,) = arrays
         rows = [_tree(name, [word for part in row for word in _words(part)]) for row in _rows(x)]
-        pairs = [(a, b) for a, b in zip(rows[::2], rows[1::2], strict=False)] + [(rows[-1],) * 2] * (len(rows) % 2)
-        found = []
-        for a, b in pairs:
+        count, found = len(rows), []
+        rows += rows[-1:] * (count % 2)
+        for a, b in zip(rows[::2], rows[1::2], strict=True):
             word = _larger(name, _permuted(a, b, 0x5410), _permuted(a, b, 0x7632))
             for distance in _distances(x.layout):
                 word = _larger(name, word, utils.shfl_bfly(word, distance))
             found += _halves(name, arith.andi(word, _int(0x7FFF7FFF)))
-        return _of_rows(x, found[: len(rows)])
+        return _of_rows(x, found[:count])
 
     return run(x)
 

@@ -24,6 +24,7 @@ from pallas_kernels.quantize.pallas_sm90 import COLUMNS, ROWS
 from pallas_kernels.quantize.reference import TILE, Tiles
 from pallas_kernels.quantize.registers import round_16, sigmoid
 from pallas_kernels.quantize.tile_loop import F8, smem_tile, swizzled, tiles_of
+from pallas_kernels.quantize.words import widened
 from pallas_kernels.swiglu_quantize.reference import SwigluGradients
 
 WARPGROUPS = 2
@@ -82,7 +83,7 @@ def swiglu_backward_quantize(
             weights = [per_row(ref.at[here_m]) for ref in weight_refs]
             following = codes_of(jnp.minimum(step + 1, steps - 1), tiles[0])
             gate, up = dequantized(*gate_codes), dequantized(*up_codes)
-            dout = dout16.astype(jnp.float32)
+            dout = dout16.astype(jnp.float32) if interpret else widened(dout16, layout=ROWS)
             open_share = sigmoid(gate, layout=ROWS, interpret=interpret)
             silu = gate * open_share
             out = silu * up
