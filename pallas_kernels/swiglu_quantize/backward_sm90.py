@@ -1,9 +1,12 @@
 """The Hopper kernel (Mosaic GPU) of the backward: it reads the stored codes and the output's gradient once.
 
 A thread block takes a 128 x 128 tile of the gate, of up and of the gradient. Each of its warpgroups computes half the
-rows, a few at a time in registers while the next are on their way, writes their row-wise tiles and leaves the three
-results in shared memory, rounded as they would be stored; then each reads half of the columns transposed, where a tile
-of 128 tokens is a row.
+rows, a few at a time in registers while the next codes of the gate are on their way, writes their row-wise tiles and
+leaves the three results in shared memory, rounded as they would be stored; then each reads half of the columns
+transposed, where a tile of 128 tokens is a row.
+
+Two blocks share an SM: while one waits for its loads or at its barrier, the other computes. That leaves each 113 KB of
+shared memory, of which this takes 112, and 128 registers a thread.
 
 Pallas would put a barrier before and after every store. What is stored to global memory is not read here, and what goes
 to shared memory is committed before anybody reads it: no other barrier is needed.
@@ -131,6 +134,7 @@ def swiglu_backward_quantize(
         grid_names=("tile",),
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
+        # No sum or maximum is taken over more than a warp: none needs shared memory, and two blocks need all of it.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=interpret,
     )

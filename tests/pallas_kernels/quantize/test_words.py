@@ -20,7 +20,7 @@ def numbers_of_threads(layout):
     thread_dims = [dim + tiled.ndim for dim in (*layout.warp_dims, *layout.lane_dims)]
     threads_first = np.moveaxis(tiled, thread_dims, range(len(thread_dims)))
     of_threads = threads_first.reshape(128, *threads_first.shape[len(thread_dims) :])
-    of_threads = np.expand_dims(of_threads, [dim + 1 for dim in thread_dims])
+    of_threads = np.expand_dims(of_threads, tuple(dim + 1 for dim in thread_dims))
     registers = np.moveaxis(of_threads, [0, layout.vector_dim], [-2, -1])
     vector_dim = layout.vector_dim + tiled.ndim
     rows = words._row_indices(layout, layout.registers_shape(SHAPE))

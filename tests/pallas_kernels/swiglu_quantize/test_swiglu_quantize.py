@@ -13,7 +13,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.quantize import dequantize_rows, quantize_columns, quantize_rows
-from pallas_kernels.quantize.reference import Tiles
 from pallas_kernels.quantize.tile_loop import Tiling
 from pallas_kernels.swiglu_quantize import (
     backward_sm90,
@@ -147,7 +146,7 @@ def test_the_kernel_lowers_for_hopper(monkeypatch, case):
 def test_the_shared_memory_of_two_blocks_of_the_backward_fits_an_sm(monkeypatch, dtype):
     found, size_of = [], core._smem_tree_size
     monkeypatch.setattr(core, "_smem_tree_size", lambda buffers: found.append(size_of(buffers)) or found[-1])
-    stored = Tiles(jax.ShapeDtypeStruct((128, 256), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((2, 128), jnp.float32))
+    stored = jax.eval_shape(quantize_rows, jax.ShapeDtypeStruct((128, 256), dtype))
     run = jax.jit(backward_sm90.swiglu_backward_quantize)
     run.trace(stored, jax.ShapeDtypeStruct((128, 128), dtype)).lower(lowering_platforms=("cuda",))
     reserved, unit = 1024, 128  # by the system for each block; a block's own is a multiple
