@@ -55,7 +55,8 @@ def kept_by_block(model: ModelConfig, work: Work, remat: str, *, moe: bool) -> T
     kept = {"norms": _input_norm(model.hidden_size, work)} | _attention(model, work)
     kept |= _experts(model, work) if moe else _dense(model, work)
     if moe and work.unroll:
-        # The backward pass sorts them again; XLA finds both in one program and sorts once.
+        # The backward pass sorts them again; XLA finds both in one program and sorts once. FP8's reads their columns
+        # alone, which hang on nothing of that pass: XLA may make them early.
         _, rows = rows_of_experts(model, work)
         kept["experts' rows"] = _input(rows, model.hidden_size, work)
     return kept
@@ -113,22 +114,6 @@ def experts_at_work(model: ModelConfig, work: Work, remat: str) -> tuple[int, in
     else:
         made = rows * (d + 4 * width) * work.element
     return sorted_again + made, rows * d * work.element + _input(rows, 2 * width, work)
-
-
-def put_off_by_scheduler(model: ModelConfig, work: Work) -> int:
-    """Bytes by which what is there of one layer's experts' weight gradients is less than those, for XLA puts them off.
-
-    Of what can be done next its scheduler takes what frees most or adds least. A weight's gradient adds what it is
-    larger than its two operands, and waits as long as there is something that adds less: the gradient of the rows, for
-    which all layers below wait.
-    """
-    _, rows = rows_of_experts(model, work)
-    d, width, experts = model.hidden_size, model.moe_intermediate_size, model.n_routed_experts // work.placement.size
-    # FP8 has tiles of its own for it, which it is the last to read.
-    added = rows * d * work.element - (_input(rows, 2 * width, work) if work.fp8 else 0)
-    sizes = (2 * width, width)
-    larger = [4 * experts * d * size - _gradient(rows, d, work) - _gradient(rows, size, work) for size in sizes]
-    return sum(one for one in larger if one > added)
 
 
 def experts_forward(model: ModelConfig, work: Work) -> int:

@@ -10,7 +10,6 @@ from dsv3_jax.planning.activations import (
     experts_at_work,
     experts_forward,
     kept_by_block,
-    put_off_by_scheduler,
     recomputed_down,
     rows_of_experts,
 )
@@ -89,5 +88,4 @@ def _one_layer(model: ModelConfig, work: Work, remat: str, *, moe: bool) -> Tens
     if not work.unroll:
         # XLA orders a loop's body otherwise than a whole step, and its gradients may be there before.
         return again | {activations: max(attention, before, after), made: 4 * numbers}
-    own = 4 * numbers - put_off_by_scheduler(model, work)
-    return again | max({activations: before}, {activations: max(attention, after), made: own}, key=size_of)
+    return again | max({activations: before}, {activations: max(attention, after), made: 4 * numbers}, key=size_of)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import Config, ConfigError
-from dsv3_jax.planning.activations import Tensors, Work, block_rows, kept_by_block, put_off_by_scheduler
+from dsv3_jax.planning.activations import Tensors, Work, block_rows, kept_by_block
 from dsv3_jax.planning.at_work import (
     forward_at_work,
     head_at_work,
@@ -272,12 +272,9 @@ def _far_back(config: Config, work: Work, whole: int, kept: dict[str, Tensors], 
     moe, dense = min(at_work, model.n_moe_layers), min(at_work, model.n_dense_layers)
     if moe:
         dense = model.n_dense_layers
-    made = 4 * whole
-    for kind, layers in ((True, moe), (False, dense)):
-        made -= layers * 4 * numbers_of_layer(model, work, moe=kind) if layers else 0
-    if moe:
-        made -= (model.n_moe_layers - moe) * put_off_by_scheduler(model, work)
-    return _activations(kept, moe, dense), made
+    kinds = ((True, moe), (False, dense))
+    to_come = sum(layers * numbers_of_layer(model, work, moe=kind) for kind, layers in kinds if layers)
+    return _activations(kept, moe, dense), 4 * (whole - to_come)
 
 
 def _held(weights: _Weights, sizes: dict[str, int]) -> int:
