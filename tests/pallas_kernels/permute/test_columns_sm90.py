@@ -77,12 +77,6 @@ def test_rows_and_columns_in_the_interpreter_are_those_of_two_steps_without_a_ra
         np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
 
 
-def test_both_and_columns_of_any_device_are_those_of_two_steps():
-    tiles, plan = draw(40, 256, 3, 2)
-    same(jax.jit(permute_both)(tiles, plan), expected := jax.jit(composed)(tiles, plan), plan)
-    same((expected[0], jax.jit(permute_columns)(tiles, plan)), expected, plan)
-
-
 def test_what_the_kernel_cannot_take_is_said(monkeypatch):
     monkeypatch.setattr(dispatch, "hopper_obstacle", lambda: None)
     tiles, plan = draw(40, 256, 3, 2)
