@@ -361,7 +361,8 @@ def test_what_does_not_fit_may_name_weight_gradients_that_wait():
         ("fp8", "none", 8, 58.51),
         ("fp8", "paper", 4, 46.46),
         ("fp8", "paper", 8, 49.42),
-        ("fp8", "full", 8, 49.51),
+        ("fp8", "full", 4, 47.30),
+        ("fp8", "full", 8, 49.37),
     ],
 )
 def test_peaks_of_an_h200_are_within_four_percent(precision, remat, sequences, measured):
