@@ -26,8 +26,8 @@ class Options:
     profiled: int = 3
     """Further steps under the profiler, for the table of where a step goes; 0 leaves it out."""
     json: str = ""
-    """File that the figures, with a profiled step's longest operations, are written to as one JSON object; '-' prints
-    the object alone."""
+    """File that the figures, with a profiled step's longest operations, are written to as one JSON object, first
+    before steps are profiled; '-' prints the object alone."""
     compile_cache: str = ""
     """Folder that compiled programs are kept in for the next time; empty is one in the user's cache, 'off' none."""
 
@@ -81,6 +81,12 @@ def run(argv: Sequence[str]) -> int:
     from dsv3_jax.train.step_table import as_text
 
     keep_compiled(options.compile_cache)
+
+    def keep(known: Any) -> None:
+        if options.json not in ("", "-"):
+            with open(options.json, "w", encoding="utf-8") as file:
+                file.write(_as_json(known) + "\n")
+
     try:
         result = bench_step(
             config,
@@ -88,19 +94,17 @@ def run(argv: Sequence[str]) -> int:
             warmup=options.warmup,
             profiled=options.profiled,
             say=lambda line: print(line, file=sys.stderr, flush=True),
+            keep=keep,
         )
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(f"dsv3: error: {out_of_memory(config)}", file=sys.stderr)
         return 1
-    text = json.dumps(dataclasses.asdict(result), indent=2)
     if options.json == "-":
-        print(text)
+        print(_as_json(result))
         return 0
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+    keep(result)
     _print_table(dataclasses.asdict(result))
     print(memory_text(result))
     if result.average is not None:
@@ -108,6 +112,10 @@ def run(argv: Sequence[str]) -> int:
     if result.where is not None:
         print(f"\n{as_text(result.where)}")
     return 0
+
+
+def _as_json(result: Any) -> str:
+    return json.dumps(dataclasses.asdict(result), indent=2)
 
 
 def memory_text(result: Any) -> str:

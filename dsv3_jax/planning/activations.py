@@ -234,7 +234,7 @@ def _experts(model: ModelConfig, work: Work) -> Tensors:
         "experts' gate_up": _input(rows, 2 * width, work),
     }
     if work.placement.size > 1:
-        ring = tokens * (d * work.element + 8 * chosen) if work.placement.transport == "ring" else 0
+        ring = tokens * 8 * chosen if work.placement.transport == "ring" else 0
         kept["exchanges"] = ring + sum(hop.without_remat for hop in _hops(model, work))
     if model.n_shared_experts:
         shared = model.n_shared_experts * width
@@ -259,10 +259,11 @@ def _hops(model: ModelConfig, work: Work) -> Iterator[_Exchange]:
         columns = min(choices, hop.experts)
         rows, _ = received(tokens, columns, hop.fan, hop.room)
         row = d + math.ceil(d / 128) if hop.fp8 else d * work.element
-        slots = 4 * (rows + tokens * min(choices, hop.fan) + rows * columns)
+        mine = rows * choices * (columns if columns < choices else 1)  # which of its choices a place of a row takes
+        slots = 4 * (rows + tokens * min(choices, hop.fan)) + mine
         rounds = 0
         if hop.room and hop.room < tokens * columns:
             pairs = tokens * (2 * choices + 4 * min(choices, hop.fan))
-            rounds = tokens * d * work.element + 4 * pairs + rows * columns
+            rounds = tokens * d * work.element + 4 * pairs
         yield _Exchange(rows * (row + 8 * columns), slots + rounds)
         tokens, choices = rows, columns

@@ -108,13 +108,14 @@ def bench_step(
     warmup: int = 4,
     profiled: int = 0,
     say: Callable[[str], None] = print,
+    keep: Callable[["StepBench"], None] | None = None,
 ) -> StepBench:
     """Time ``steps`` training steps after ``warmup`` ones, on four batches of uniform random tokens, cycled.
 
     The loss of the batches must fall while they repeat: both ends are in the result. With ``train.ema_decay`` the
     same steps are timed again while the moving average follows as in a run (over a number of ``steps`` that is a
     multiple of ``train.ema_every``, their mean is fair). Afterwards ``profiled`` steps go under the profiler; on a GPU
-    these are compiled again, without command buffers.
+    these are compiled again, without command buffers: ``keep`` gets what is known before.
     """
     mesh = config_mesh(config)
     train, model = config.train, config.model
@@ -140,14 +141,8 @@ def bench_step(
     if train.ema_decay:
         state, average = _time_average(config, step, state, batches, timed, warmup=warmup, say=say)
     measured_peak = peak_memory(device, planned)
-    plan, profile = plan_memory(config, gpu=on_gpu), None
-    if profiled:
-        say(f"profiling {profiled} steps")
-        if on_gpu:
-            step.program = compile_step(step, state, batches[0], for_trace=True)
-        with tempfile.TemporaryDirectory() as folder:
-            profile = profile_steps(step, state, Path(folder), steps=profiled)[0]
-    return StepBench(
+    plan = plan_memory(config, gpu=on_gpu)
+    result = StepBench(
         preset=config.name,
         device=device.device_kind,
         devices=mesh.size,
@@ -174,10 +169,21 @@ def bench_step(
         memory_gib={name: size / 2**30 for name, size in plan.table.items()},
         planned_memory_gib=plan.total / 2**30,
         compiled_memory_gib=_compiled(planned),
-        where=profile.rows if profile else None,
-        operations=profile.operations if profile else None,
+        where=None,
+        operations=None,
         average=average,
     )
+    say(f"{result.step_ms:.1f} ms a step, {result.tokens_per_second:,.0f} tokens/s")
+    if keep is not None:
+        keep(result)
+    if not profiled:
+        return result
+    say(f"profiling {profiled} steps")
+    if on_gpu:
+        step.program = compile_step(step, state, batches[0], for_trace=True)
+    with tempfile.TemporaryDirectory() as folder:
+        profile = profile_steps(step, state, Path(folder), steps=profiled)[0]
+    return dataclasses.replace(result, where=profile.rows, operations=profile.operations)
 
 
 def _time_average(
