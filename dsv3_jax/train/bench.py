@@ -87,7 +87,9 @@ class StepBench:
     peak_memory_gib: float | None
     """The allocator's own figure, one device; on a CPU, what XLA planned for the step."""
     loss_first: float
+    """Cross entropy, mean over the batches at the first visit of each, nats."""
     loss_last: float
+    """The same over the last visits."""
     memory_gib: dict[str, float]
     """The plan's six rows (:attr:`~dsv3_jax.planning.memory.MemoryPlan.table`), which sum to ``planned_memory_gib``."""
     planned_memory_gib: float
@@ -112,10 +114,11 @@ def bench_step(
 ) -> StepBench:
     """Time ``steps`` training steps after ``warmup`` ones, on four batches of uniform random tokens, cycled.
 
-    The loss of the batches must fall while they repeat: both ends are in the result. With ``train.ema_decay`` the
-    same steps are timed again while the moving average follows as in a run (over a number of ``steps`` that is a
-    multiple of ``train.ema_every``, their mean is fair). Afterwards ``profiled`` steps go under the profiler; on a GPU
-    these are compiled again, without command buffers: ``keep`` gets what is known before.
+    The loss of the batches must fall while they repeat: both ends are in the result (one batch's rises while others
+    are learned, so that a single step tells nothing). With ``train.ema_decay`` the same steps are timed again while the
+    moving average follows as in a run (over a number of ``steps`` that is a multiple of ``train.ema_every``, their mean
+    is fair). Afterwards ``profiled`` steps go under the profiler; on a GPU these are compiled again, without command
+    buffers: ``keep`` gets what is known before.
     """
     mesh = config_mesh(config)
     train, model = config.train, config.model
@@ -164,8 +167,8 @@ def bench_step(
         model_tflops=flops / 1e12,
         mfu=flops / peak if peak else None,
         peak_memory_gib=measured_peak,
-        loss_first=losses[0],
-        loss_last=losses[-1],
+        loss_first=statistics.fmean(losses[: len(batches)]),
+        loss_last=statistics.fmean(losses[-len(batches) :]),
         memory_gib={name: size / 2**30 for name, size in plan.table.items()},
         planned_memory_gib=plan.total / 2**30,
         compiled_memory_gib=_compiled(planned),
