@@ -16,7 +16,8 @@ from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.permute.turn import HALF, LINE, TURNED, array, i32, inline, integer, pointer, scalar, words_of
+from pallas_kernels.mlir import i32, integer, joined, larger_magnitudes, of_words, parts_of, scalar, words_of
+from pallas_kernels.permute.turn import HALF, LINE, TURNED, array, inline, pointer
 from pallas_kernels.quantize import reference
 from pallas_kernels.quantize.reference import TILE
 from pallas_kernels.quantize.tile_loop import F8
@@ -75,12 +76,12 @@ def products(codes: Array, along: Any, *, interpret: Any) -> Array:
         registers = []
         for number, register in enumerate(codes.registers.flat):
             factors = loaded[number // 2]
-            words = [word for pair in _each(words_of(register)) for word in _widened(pair)]
+            words = [word for pair in parts_of(words_of(register)) for word in _widened(pair)]
             if size == 2:
-                made = [_multiplied(*pair) for pair in zip(words, _each(words_of(factors)), strict=True)]
-                registers.append(_of_words(made, of))
+                made = [_multiplied(*pair) for pair in zip(words, parts_of(words_of(factors)), strict=True)]
+                registers.append(of_words(made, of))
             else:
-                pairs = _of_words(words, ir.VectorType.get([8], ir.F16Type.get()))
+                pairs = of_words(words, ir.VectorType.get([8], ir.F16Type.get()))
                 registers.append(arith.mulf(arith.extf(of, pairs), factors))
         return array(registers, (HALF, TILE), TURNED)
 
@@ -127,11 +128,11 @@ def _encode(x: Array, inverse: Array, *keep: Array) -> Array:
             factor = factors[number % 2]
             if keep:
                 quotients = arith.mulf(register, vector.broadcast(register.type, factor))
-                words = [arith.andi(word, masks[0][number % 2]) for word in _codes_of_wide(_each(quotients))]
+                words = [arith.andi(word, masks[0][number % 2]) for word in _codes_of_wide(parts_of(quotients))]
             else:
                 both = llvm.inline_asm(i32(), [factor], "mov.b32 $0, {$1, $1};", "=r,h")
-                words = _codes_of_pairs([_multiplied(pair, both) for pair in _each(words_of(register))])
-            registers.append(_of_words(words, ir.VectorType.get([8], ir.Float8E4M3FNType.get())))
+                words = _codes_of_pairs([_multiplied(pair, both) for pair in parts_of(words_of(register))])
+            registers.append(of_words(words, ir.VectorType.get([8], ir.Float8E4M3FNType.get())))
         return array(registers, (HALF, TILE), TURNED)
 
     return run(x, inverse, *keep)
@@ -146,16 +147,16 @@ def _largest_of_pairs(x: Array) -> Array:
         registers = list(x.registers.flat)
         made = []
         for row in range(2):
-            words = [word for register in registers[row::2] for word in _each(words_of(register))]
+            words = [word for register in registers[row::2] for word in parts_of(words_of(register))]
             while len(words) > 1:
-                words = [_larger(*pair) for pair in zip(words[::2], words[1::2], strict=True)]
+                words = [larger_magnitudes("float16", *pair) for pair in zip(words[::2], words[1::2], strict=True)]
             (word,) = words
             for distance in (1, 2):
-                word = _larger(word, utils.shfl_bfly(word, distance))
-            word = _larger(word, arith.shrui(word, integer(16)))
+                word = larger_magnitudes("float16", word, utils.shfl_bfly(word, distance))
+            word = larger_magnitudes("float16", word, arith.shrui(word, integer(16)))
             half = arith.trunci(ir.IntegerType.get_signless(16), arith.andi(word, integer(0x7FFF)))
             wide = arith.extf(ir.F32Type.get(), arith.bitcast(ir.F16Type.get(), half))
-            made.append(vector.from_elements(ir.VectorType.get([1], wide.type), [wide]))
+            made.append(joined([wide]))
         return array(made, (HALF,), layout)
 
     return run(x)
@@ -169,11 +170,6 @@ def _widened(word: Any) -> list[Any]:
 
 def _multiplied(a: Any, b: Any) -> Any:
     return llvm.inline_asm(i32(), [a, b], "mul.rn.f16x2 $0, $1, $2;", "=r,r,r")
-
-
-def _larger(a: Any, b: Any) -> Any:
-    """Of two pairs of float16 numbers the larger magnitudes; their signs are of no use."""
-    return llvm.inline_asm(i32(), [a, b], "max.NaN.xorsign.abs.f16x2 $0, $1, $2;", "=r,r,r")
 
 
 def _codes_of_pairs(pairs: list[Any]) -> list[Any]:
@@ -190,12 +186,3 @@ def _codes_of_wide(numbers: list[Any]) -> list[Any]:
         "mov.b32 $0, {low, high}; }"  # the second source of a conversion goes to the lower half
     )
     return [llvm.inline_asm(i32(), numbers[i : i + 4], asm, "=r,f,f,f,f") for i in range(0, len(numbers), 4)]
-
-
-def _each(numbers: Any) -> list[Any]:
-    (size,) = ir.VectorType(numbers.type).shape
-    return [vector.extract(numbers, dynamic_position=[], static_position=[i]) for i in range(size)]
-
-
-def _of_words(words: list[Any], to: Any) -> Any:
-    return vector.bitcast(to, vector.from_elements(ir.VectorType.get([len(words)], i32()), words))

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
-from jax._src.lib.mlir.dialects import arith, llvm, vector
+from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mlir import i32, integer, joined, of_words, scalar, words_of
 from pallas_kernels.quantize.reference import TILE
 from pallas_kernels.quantize.tile_loop import F8, swizzled
 
@@ -96,7 +97,7 @@ def gather_scales(scale_ref: Any, index: Array, *, interpret: Any) -> Array:
         value = llvm.inline_asm(
             ir.F32Type.get(), [_element(pointer(ref), number, 4), number], asm, "=&f,l,r", has_side_effects=True
         )
-        return array([vector.from_elements(ir.VectorType.get([1], value.type), [value])], (TILE,), LINE)
+        return array([joined([value])], (TILE,), LINE)
 
     return run(scale_ref, index)
 
@@ -212,8 +213,7 @@ def _bytes(low: Any, high: Any, selected: int) -> Any:
 
 
 def _codes(words: list[Any]) -> Any:
-    packed = vector.from_elements(ir.VectorType.get([len(words)], i32()), words)
-    return vector.bitcast(ir.VectorType.get([4 * len(words)], ir.Float8E4M3FNType.get()), packed)
+    return of_words(words, ir.VectorType.get([4 * len(words)], ir.Float8E4M3FNType.get()))
 
 
 def array(registers: list[Any], shape: tuple[int, ...], layout: Any, signed: bool | None = None) -> Any:
@@ -222,18 +222,6 @@ def array(registers: list[Any], shape: tuple[int, ...], layout: Any, signed: boo
     held = np.empty(len(registers), dtype=object)
     held[:] = registers
     return mgpu.FragmentedArray(_registers=held.reshape(of.registers_shape(shape)), _layout=of, _is_signed=signed)
-
-
-def words_of(register: Any) -> Any:
-    """The bits of a register as a vector of 32-bit words."""
-    of = ir.VectorType(register.type)
-    size = of.shape[0] * utils.bitwidth(of.element_type) // 32
-    return vector.bitcast(ir.VectorType.get([size], i32()), register)
-
-
-def scalar(register: Any) -> Any:
-    """The one number of a register."""
-    return vector.extract(register, dynamic_position=[], static_position=[0])
 
 
 def _element(base: Any, number: Any, stride: int) -> Any:
@@ -250,13 +238,3 @@ def pointer(ref: Any, place: Any = None) -> Any:
 
 def _after(pointer: Any, place: Any) -> Any:
     return utils.getelementptr(pointer, [place], ir.IntegerType.get_signless(8))
-
-
-def integer(value: int) -> Any:
-    """A constant of 32 bits."""
-    return arith.constant(i32(), value)
-
-
-def i32() -> Any:
-    """The type of a word."""
-    return ir.IntegerType.get_signless(32)

@@ -10,6 +10,7 @@ from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mlir import i32, of_words, parts_of, scalar
 from pallas_kernels.quantize.reference import round_to
 
 _PTX = {"bfloat16": "bf16x2", "float16": "f16x2"}
@@ -54,12 +55,12 @@ def approximate_reciprocal(value: Any) -> Any:
     """Of float32 registers, at most one unit in the last place off; 0 where it would be no normal number."""
     if not isinstance(value.type, ir.VectorType):
         return llvm.inline_asm(value.type, [value], "rcp.approx.ftz.f32 $0, $1;", "=f,f")
-    return vector.from_elements(value.type, [approximate_reciprocal(part) for part in _parts(value)])
+    return vector.from_elements(value.type, [approximate_reciprocal(part) for part in parts_of(value)])
 
 
 def _sigmoid(value: Any) -> Any:
     if isinstance(value.type, ir.VectorType):
-        return vector.from_elements(value.type, [_sigmoid(part) for part in _parts(value)])
+        return vector.from_elements(value.type, [_sigmoid(part) for part in parts_of(value)])
     # exp(-x) = 2^n 2^f: n + 127 in the last bits of ``n`` (kept in range), f = -x log2(e) - n in two steps.
     asm = """{
         .reg .b32 n, f;
@@ -90,43 +91,30 @@ def _pointwise(function: Callable[..., Any], dtype: Any, layout: Any, *arrays: A
 
 def _round_pairs(name: str, value: Any) -> Any:
     to = {"bfloat16": ir.BF16Type, "float16": ir.F16Type}[name].get()
-    parts = _parts(value)
+    parts = parts_of(value)
     asm = f"cvt.rn.{_PTX[name]}.f32 $0, $2, $1;"  # the second source goes to the lower half
     pairs = zip(parts[::2], parts[1::2], strict=True)
-    words = [llvm.inline_asm(_i32(), [low, high], asm, "=r,f,f") for low, high in pairs]
-    return _from_words(words, ir.VectorType.get([len(parts)], to))
+    words = [llvm.inline_asm(i32(), [low, high], asm, "=r,f,f") for low, high in pairs]
+    return of_words(words, ir.VectorType.get([len(parts)], to))
 
 
 def _kept_codes(value: Any, keep: Any) -> Any:
-    parts, i16 = _parts(value), ir.IntegerType.get_signless(16)
+    parts, i16 = parts_of(value), ir.IntegerType.get_signless(16)
     asm = "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;"  # the second source goes to the lower half
     pairs = [llvm.inline_asm(i16, list(pair), asm, "=h,f,f") for pair in zip(parts[::2], parts[1::2], strict=True)]
     words = vector.from_elements(ir.VectorType.get([len(pairs)], i16), pairs)
-    mask, size = vector.extract(keep, dynamic_position=[], static_position=[0]), len(pairs)
+    mask, size = scalar(keep), len(pairs)
     if size % 2:
         mask = arith.trunci(i16, mask)
     else:
         size //= 2
-        words = vector.bitcast(ir.VectorType.get([size], _i32()), words)
+        words = vector.bitcast(ir.VectorType.get([size], i32()), words)
     kept = arith.andi(words, vector.broadcast(words.type, mask))
     return vector.bitcast(ir.VectorType.get([len(parts)], ir.Float8E4M3FNType.get()), kept)
 
 
 def _move(value: Any) -> Any:
     (size,) = ir.VectorType(value.type).shape
-    words = _parts(vector.bitcast(ir.VectorType.get([size // 2], _i32()), value))
-    moved = [llvm.inline_asm(_i32(), [word], "mov.b32 $0, $1;", "=r,r", has_side_effects=True) for word in words]
-    return _from_words(moved, value.type)
-
-
-def _i32() -> Any:
-    return ir.IntegerType.get_signless(32)
-
-
-def _parts(value: Any) -> list[Any]:
-    (size,) = ir.VectorType(value.type).shape
-    return [vector.extract(value, dynamic_position=[], static_position=[i]) for i in range(size)]
-
-
-def _from_words(words: list[Any], to: Any) -> Any:
-    return vector.bitcast(to, vector.from_elements(ir.VectorType.get([len(words)], _i32()), words))
+    words = parts_of(vector.bitcast(ir.VectorType.get([size // 2], i32()), value))
+    moved = [llvm.inline_asm(i32(), [word], "mov.b32 $0, $1;", "=r,r", has_side_effects=True) for word in words]
+    return of_words(moved, value.type)

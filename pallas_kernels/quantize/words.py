@@ -17,7 +17,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-_PAIR = {"bfloat16": "bf16x2", "float16": "f16x2"}
+from pallas_kernels.mlir import i32, integer, joined, larger_magnitudes, parts_of, scalar, words_of
 
 
 def widened(x: Array, *, layout: Any) -> Array:
@@ -28,7 +28,7 @@ def widened(x: Array, *, layout: Any) -> Array:
     def run(ctx: Any, *arrays: Any) -> Any:
         del ctx
         return arrays[0]._pointwise(
-            lambda register: _vector([half for word in _words(register) for half in _halves(name, word)])
+            lambda register: joined([half for word in _words(register) for half in _halves(name, word)])
         )
 
     return run(x)
@@ -47,10 +47,10 @@ def largest_of_rows(x: Array, *, layout: Any) -> Array:
         count, found = len(rows), []
         rows += rows[-1:] * (count % 2)
         for a, b in zip(rows[::2], rows[1::2], strict=True):
-            word = _larger(name, _permuted(a, b, 0x5410), _permuted(a, b, 0x7632))
+            word = larger_magnitudes(name, _permuted(a, b, 0x5410), _permuted(a, b, 0x7632))
             for distance in _distances(x.layout):
-                word = _larger(name, word, utils.shfl_bfly(word, distance))
-            found += _halves(name, arith.andi(word, _int(0x7FFF7FFF)))
+                word = larger_magnitudes(name, word, utils.shfl_bfly(word, distance))
+            found += _halves(name, arith.andi(word, integer(0x7FFF7FFF)))
         return _of_rows(x, found[:count])
 
     return run(x)
@@ -82,7 +82,7 @@ def codes_of_rows(
         for row, at in zip(made, _row_indices(layout, registers.shape), strict=True):
             parts = [row[i : i + of_register] for i in range(0, len(row), of_register)]
             for index, part in zip(at, parts, strict=True):
-                registers[index] = vector.bitcast(ir.VectorType.get([layout.vector_length], f8), _vector(part))
+                registers[index] = vector.bitcast(ir.VectorType.get([layout.vector_length], f8), joined(part))
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return run(x, keep, *factors)
@@ -101,13 +101,13 @@ def _rows(x: Any) -> list[list[Any]]:
 
 
 def _scalars(per_row: Any) -> list[Any]:
-    return [vector.extract(register, dynamic_position=[], static_position=[0]) for register in per_row.registers.flat]
+    return [scalar(register) for register in per_row.registers.flat]
 
 
 def _of_rows(x: Any, values: list[Any]) -> Any:
     layout = x.layout.reduce((len(x.shape) - 1,))
     registers = np.empty(layout.registers_shape(x.shape[:-1]), object)
-    registers.flat[:] = [_vector([value]) for value in values]
+    registers.flat[:] = [joined([value]) for value in values]
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
@@ -124,35 +124,28 @@ def _distances(layout: Any) -> list[int]:
 
 
 def _words(value: Any) -> list[Any]:
-    (size,) = ir.VectorType(value.type).shape
-    words = vector.bitcast(ir.VectorType.get([size // 2], _i32()), value)
-    return [vector.extract(words, dynamic_position=[], static_position=[i]) for i in range(size // 2)]
+    return parts_of(words_of(value))
 
 
 def _halves(name: str, word: Any) -> list[Any]:
     """Both numbers of a word in float32."""
     f32 = ir.F32Type.get()
     if name == "bfloat16":
-        bits = arith.shli(word, _int(16)), arith.andi(word, _int(0xFFFF0000))
+        bits = arith.shli(word, integer(16)), arith.andi(word, integer(0xFFFF0000))
         return [arith.bitcast(f32, each) for each in bits]
-    pair = vector.bitcast(ir.VectorType.get([2], ir.F16Type.get()), _vector([word]))
-    return [arith.extf(f32, vector.extract(pair, dynamic_position=[], static_position=[i])) for i in range(2)]
+    pair = vector.bitcast(ir.VectorType.get([2], ir.F16Type.get()), joined([word]))
+    return [arith.extf(f32, half) for half in parts_of(pair)]
 
 
 def _tree(name: str, words: list[Any]) -> Any:
     while len(words) > 1:
-        paired = [_larger(name, a, b) for a, b in zip(words[::2], words[1::2], strict=False)]
+        paired = [larger_magnitudes(name, a, b) for a, b in zip(words[::2], words[1::2], strict=False)]
         words = paired + words[len(paired) * 2 :]
     return words[0]
 
 
-def _larger(name: str, a: Any, b: Any) -> Any:
-    """Of two pairs of numbers the larger magnitudes; their signs are of no use."""
-    return llvm.inline_asm(_i32(), [a, b], f"max.NaN.xorsign.abs.{_PAIR[name]} $0, $1, $2;", "=r,r,r")
-
-
 def _permuted(a: Any, b: Any, selector: int) -> Any:
-    return llvm.inline_asm(_i32(), [a, b, _int(selector)], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,n")
+    return llvm.inline_asm(i32(), [a, b, integer(selector)], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,n")
 
 
 def _codes(numbers: list[Any]) -> list[Any]:
@@ -160,17 +153,5 @@ def _codes(numbers: list[Any]) -> list[Any]:
     i16 = ir.IntegerType.get_signless(16)
     asm = "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;"  # the second source goes to the lower half
     pairs = [llvm.inline_asm(i16, list(pair), asm, "=h,f,f") for pair in zip(numbers[::2], numbers[1::2], strict=True)]
-    words = [vector.bitcast(ir.VectorType.get([1], _i32()), _vector(pairs[i : i + 2])) for i in range(0, len(pairs), 2)]
-    return [vector.extract(word, dynamic_position=[], static_position=[0]) for word in words]
-
-
-def _vector(parts: list[Any]) -> Any:
-    return vector.from_elements(ir.VectorType.get([len(parts)], parts[0].type), parts)
-
-
-def _i32() -> Any:
-    return ir.IntegerType.get_signless(32)
-
-
-def _int(value: int) -> Any:
-    return arith.constant(_i32(), ir.IntegerAttr.get(_i32(), value - (value >> 31 << 32)))
+    words = [vector.bitcast(ir.VectorType.get([1], i32()), joined(pairs[i : i + 2])) for i in range(0, len(pairs), 2)]
+    return [scalar(word) for word in words]

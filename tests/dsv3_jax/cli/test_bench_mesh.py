@@ -301,5 +301,7 @@ def test_every_row_runs_and_equals_one_device(tmp_path):
     assert len(found) == 12
     for name in ("1f1b", "zb1p", "dualpipe", "dualpipev", "pipe_expert"):
         assert found[name]["loss_error"] < 2e-5
-        assert 0 < found[name]["ideal_bubble"] <= found[name]["predicted_bubble"] + 1e-9
+        # DualPipe between two ranks has both stages on each: nobody waits.
+        assert (found[name]["ideal_bubble"] == 0) == (name == "pipe_expert")
+        assert found[name]["ideal_bubble"] <= found[name]["predicted_bubble"] + 1e-9
         assert found[name]["bubble"] is not None
