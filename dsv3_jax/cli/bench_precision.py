@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
 
     result = compare_precisions(config, Path(options.out), names)
     for line in result.runs:
-        validation = "" if line.val_loss is None else f", validation {line.val_loss:.4f}"
+        validation = "".join(f", validation in {name} {loss:.4f}" for name, loss in line.val_losses.items())
         rate = "" if line.tokens_per_second is None else f", {line.tokens_per_second:,.0f} tokens/s"
         print(f"{line.precision}: last loss {line.losses[-1]:.4f}{validation}{rate}")
     for name, difference in result.differences.items():

@@ -1,6 +1,7 @@
 """The same run in several precisions, step by step on the same data: how far their losses lie apart (spec 11.5)."""
 
 import dataclasses
+import functools
 import json
 import time
 from collections import deque
@@ -17,8 +18,8 @@ from dsv3_jax.data import Data, prepare_data
 from dsv3_jax.train import schedule
 from dsv3_jax.train.batches import Batches, without_padding
 from dsv3_jax.train.plots import write_precision_plot
-from dsv3_jax.train.state import config_mesh, init_state
-from dsv3_jax.train.step import make_eval_step, make_train_step
+from dsv3_jax.train.state import TrainState, config_mesh, init_state
+from dsv3_jax.train.step import EvalStep, make_eval_step, make_train_step
 
 EMA = 0.9
 """Coefficient of the average that losses are smoothed by before they are compared."""
@@ -39,8 +40,9 @@ class PrecisionRun:
     precision: str
     losses: list[float]
     """Main cross entropy of each step, nats."""
-    val_loss: float | None
-    """Nats per token of the validation rows after the last step; None without them."""
+    val_losses: dict[str, float]
+    """Nats per token of the validation rows after the last step, by the precision that computes them: the weights are
+    the same, so that a difference is the forward pass's rounding alone. Empty without rows, or while it runs."""
     tokens_per_second: float | None
     """From the second step to the last; None where there is one, or while it runs."""
 
@@ -65,11 +67,13 @@ def compare_precisions(
 ) -> Comparison:
     """Train ``config`` once in each precision, from the same seed on the same batches.
 
-    Writes ``precision.json`` and ``precision.png`` into ``out``, ten times a run with the steps that all have made; no
-    checkpoints, no samples. The precision :data:`AGAIN` is the first once more, with its sums rounded in another order.
+    After its last step each run's weights are validated in every precision. Writes ``precision.json`` and
+    ``precision.png`` into ``out``, ten times a run with the steps that all have made; no checkpoints, no samples. The
+    precision :data:`AGAIN` is the first once more, with its sums rounded in another order.
     """
     out.mkdir(parents=True, exist_ok=True)
     data, runs = prepare_data(config, out, say), []
+    evaluate = _evaluation(config, data, [name for name in precisions if name != AGAIN])
 
     def write(run: PrecisionRun) -> Comparison:
         return _write(config, out, [*runs, run])
@@ -80,7 +84,7 @@ def compare_precisions(
             changes: dict[str, Any] = {"precision": precisions[0], "loss_chunk": max(1, config.train.loss_chunk // 2)}
         else:
             changes = {"precision": name}
-        run = _run(name, replace(config, train=changes), data, say, write)
+        run = _run(name, replace(config, train=changes), data, say, write, evaluate)
         result = write(run)
         runs.append(run)
     if result is None:
@@ -121,8 +125,30 @@ def _summary(difference: Float[np.ndarray, " steps"]) -> dict[str, float]:
     return {"max": float(size.max()), "mean": float(size.mean()), "signed_mean": float(difference.mean())}
 
 
+def _evaluation(config: Config, data: Data, precisions: Sequence[str]) -> Callable[[TrainState], dict[str, float]]:
+    """Validates a run's weights in every precision; each is compiled once, for all runs."""
+
+    @functools.cache
+    def step_in(precision: str) -> EvalStep:
+        return make_eval_step(replace(config, train={"precision": precision}), config_mesh(config))
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        if not len(data.validation_rows):
+            return {}
+        rows = without_padding(data.validation_rows, data.tokenizer.pad_id)
+        found = {name: step_in(name)(state, rows) for name in precisions}
+        return {name: nats / labels for name, (nats, labels) in found.items()}
+
+    return evaluate
+
+
 def _run(
-    name: str, config: Config, data: Data, say: Callable[[str], None], write: Callable[[PrecisionRun], Any]
+    name: str,
+    config: Config,
+    data: Data,
+    say: Callable[[str], None],
+    write: Callable[[PrecisionRun], Any],
+    evaluate: Callable[[TrainState], dict[str, float]],
 ) -> PrecisionRun:
     mesh = config_mesh(config)
     state, step = init_state(config, mesh), make_train_step(config, mesh)
@@ -144,13 +170,9 @@ def _run(
                 losses.append(float(waiting.popleft()))
                 if len(losses) % max(1, total // 10) == 0:
                     say(f"{name}: step {len(losses)} of {total}, loss {losses[-1]:.4f}")
-                    write(PrecisionRun(name, losses, None, None))
+                    write(PrecisionRun(name, losses, {}, None))
     finally:
         stream.close()
     seconds = time.perf_counter() - begin
-    val_loss = None
-    if len(data.validation_rows):
-        nats, labels = make_eval_step(config, mesh)(state, without_padding(data.validation_rows, pad))
-        val_loss = nats / labels
     rate = (state.tokens - first_tokens) / seconds if total > 1 else None
-    return PrecisionRun(name, losses, val_loss, rate)
+    return PrecisionRun(name, losses, evaluate(state), rate)

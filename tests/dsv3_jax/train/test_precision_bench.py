@@ -1,12 +1,14 @@
 """The comparison of precisions: its arithmetic, its files, its refusals, its exit status."""
 
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from dsv3_jax.cli import bench
 from dsv3_jax.config import ConfigError, load_config
+from dsv3_jax.data import Data
 from dsv3_jax.train import precision_bench
 from dsv3_jax.train.precision_bench import PrecisionRun, compare_precisions, smoothed
 
@@ -17,13 +19,13 @@ def far(monkeypatch):
     share, asked = {"fp8": 0.0}, []
     share["asked"] = asked
 
-    def run(name, config, data, say, write):
+    def run(name, config, data, say, write, evaluate):
         asked.append((name, config.train.precision, config.train.loss_chunk))
         losses = np.linspace(8, 4, 40) * np.where(np.arange(40) >= 30, 1 + share.get(name, 0.0), 1.0)
-        return PrecisionRun(name, losses.tolist(), None, 1000.0)
+        return PrecisionRun(name, losses.tolist(), {}, 1000.0)
 
     monkeypatch.setattr(precision_bench, "_run", run)
-    monkeypatch.setattr(precision_bench, "prepare_data", lambda *arguments: None)
+    monkeypatch.setattr(precision_bench, "prepare_data", lambda *arguments: Mock(spec=Data))
     return share
 
 
@@ -54,8 +56,8 @@ def test_again_is_the_first_precision_with_other_roundings(far, tmp_path):
 
 
 def test_what_a_stopped_comparison_has_is_there(tmp_path):
-    whole = PrecisionRun("bf16", [4.0, 3.0, 2.0, 1.0], 2.5, 10.0)
-    precision_bench._write(load_config("tiny"), tmp_path, [whole, PrecisionRun("fp8", [4.0, 3.5], None, 0.0)])
+    whole = PrecisionRun("bf16", [4.0, 3.0, 2.0, 1.0], {"bf16": 2.5}, 10.0)
+    precision_bench._write(load_config("tiny"), tmp_path, [whole, PrecisionRun("fp8", [4.0, 3.5], {}, 0.0)])
     written = json.loads((tmp_path / "precision.json").read_text())
     assert written["steps"] == 2
     assert written["differences"]["fp8"]["max"] > 0
