@@ -6,7 +6,8 @@ from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental.mosaic.gpu import utils
 
-_PAIR = {"bfloat16": "bf16x2", "float16": "f16x2"}
+PAIR = {"bfloat16": "bf16x2", "float16": "f16x2"}
+"""What PTX calls a word of two such numbers."""
 
 
 def i32() -> Any:
@@ -49,4 +50,4 @@ def of_words(words: list[Any], to: Any) -> Any:
 
 def larger_magnitudes(name: str, a: Any, b: Any) -> Any:
     """Of two words of two 16-bit numbers each the larger magnitudes, or NaN; their signs are of no use."""
-    return llvm.inline_asm(i32(), [a, b], f"max.NaN.xorsign.abs.{_PAIR[name]} $0, $1, $2;", "=r,r,r")
+    return llvm.inline_asm(i32(), [a, b], f"max.NaN.xorsign.abs.{PAIR[name]} $0, $1, $2;", "=r,r,r")

@@ -266,9 +266,9 @@ def loss_scale(config: Config) -> float:
 
     They are means over all labels of a step, so that gradients shrink as batches grow, while the quantizers' smallest
     scale is fixed (a largest magnitude of 1e-4, spec 11.3): below it, which attention's gradients reach at a few
-    million labels, tiles no longer scale and codes become zeros. In float32 and bfloat16 the factor is exact. With 64
-    times a sum over labels, tiles lie between a few hundred times that magnitude and 448, up to which scales are at
-    most 1 and ``pallas_kernels.permute`` requantizes in float16.
+    million labels, tiles no longer scale and codes become zeros. In float32 and bfloat16 the factor is exact. At 64
+    times a sum over labels nearly all tiles of preset small, at initialization, lie between a few hundred times that
+    magnitude and 448, up to which scales are at most 1 and ``pallas_kernels.permute`` requantizes in float16.
     """
     train = config.train
     return 2.0 ** (math.ceil(math.log2(train.batch_size * train.seq_len)) + 6) if train.precision == "fp8" else 1.0

@@ -10,10 +10,8 @@ from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mlir import i32, of_words, parts_of, scalar
+from pallas_kernels.mlir import PAIR, i32, of_words, parts_of, scalar, words_of
 from pallas_kernels.quantize.reference import round_to
-
-_PTX = {"bfloat16": "bf16x2", "float16": "f16x2"}
 
 
 def round_16(x: Array, dtype: Any, *, layout: Any, interpret: Any) -> Array:
@@ -92,7 +90,7 @@ def _pointwise(function: Callable[..., Any], dtype: Any, layout: Any, *arrays: A
 def _round_pairs(name: str, value: Any) -> Any:
     to = {"bfloat16": ir.BF16Type, "float16": ir.F16Type}[name].get()
     parts = parts_of(value)
-    asm = f"cvt.rn.{_PTX[name]}.f32 $0, $2, $1;"  # the second source goes to the lower half
+    asm = f"cvt.rn.{PAIR[name]}.f32 $0, $2, $1;"  # the second source goes to the lower half
     pairs = zip(parts[::2], parts[1::2], strict=True)
     words = [llvm.inline_asm(i32(), [low, high], asm, "=r,f,f") for low, high in pairs]
     return of_words(words, ir.VectorType.get([len(parts)], to))
@@ -114,7 +112,6 @@ def _kept_codes(value: Any, keep: Any) -> Any:
 
 
 def _move(value: Any) -> Any:
-    (size,) = ir.VectorType(value.type).shape
-    words = parts_of(vector.bitcast(ir.VectorType.get([size // 2], i32()), value))
+    words = parts_of(words_of(value))
     moved = [llvm.inline_asm(i32(), [word], "mov.b32 $0, $1;", "=r,r", has_side_effects=True) for word in words]
     return of_words(moved, value.type)
