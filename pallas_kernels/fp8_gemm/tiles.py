@@ -38,7 +38,7 @@ WGRAD = _table(
     (Tiling(unroll=2, cluster=2), 1.0),
     (Tiling(block_n=192, unroll=1, store_slots=3), 0.96),
     (Tiling(unroll=2), 1.01),
-    # Guesses, on the safe side: for results so small that the others leave a quarter of the SMs without a tile.
+    # For results so small that the others leave a quarter of the SMs without a tile.
     (Tiling(block_n=96, unroll=2, store_slots=3), 1.1),
     (Tiling(block_n=160, unroll=1, store_slots=1), 1.0),
     column_scales=True,
@@ -46,8 +46,14 @@ WGRAD = _table(
 GROUPED = _table((Tiling(unroll=2, cluster=2, share="a"), 1.0))
 MASKED = _table((Tiling(unroll=2, cluster=2), 1.0), (Tiling(unroll=2), 1.01))
 # Steps are not known beforehand: unrolled, products would wait for one another.
-# A group has few steps (12 of ``bench_3b``'s): a slot for every chunk of the result, so that none waits for another.
-GROUPED_WGRAD = _table((Tiling(unroll=1, cluster=2, share="a", store_slots=4), 1.0), column_scales=True)
+_NARROW = Tiling(unroll=1, cluster=2, share="a", store_slots=4)
+_WIDE = Tiling(block_n=192, unroll=1, cluster=2, share="a", store_slots=3)
+GROUPED_WGRAD = _table((_NARROW, 1.0), (_WIDE, 0.89), column_scales=True)
+# ``bench_3b``'s groups have 12 steps a tile: much of the time is the result's.
+GROUPED_WGRAD_FEW_STEPS = _table((_NARROW, 1.0), (_WIDE, 0.955), column_scales=True)
+
+MANY_STEPS = 32
+"""Steps a group has on average, from which the first of these two holds."""
 
 FEW_ROWS = (16, 32, 64, 96, 128)
 """Tile widths to choose from where the weights' bytes are the cost."""
@@ -108,6 +114,7 @@ def masked(groups: int, max_rows: int, columns: int, contraction: int) -> Tiling
     return cheapest(MASKED, groups, max_rows, columns)
 
 
-def grouped_wgrad(groups: int, rows: int, columns: int) -> Tiling:
+def grouped_wgrad(groups: int, rows: int, columns: int, tokens: int) -> Tiling:
     """For ``grouped_fp8_wgrad``."""
-    return cheapest(GROUPED_WGRAD, groups, rows, columns)
+    table = GROUPED_WGRAD if tokens >= 128 * MANY_STEPS * groups else GROUPED_WGRAD_FEW_STEPS
+    return cheapest(table, groups, rows, columns)

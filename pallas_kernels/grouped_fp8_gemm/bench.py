@@ -44,7 +44,7 @@ def tilings(case: cases.Case) -> list[Tiling]:
 def default_tiling(case: cases.Case) -> Tiling:
     """What the operation takes."""
     if case.operation == "wgrad":
-        return tiles.grouped_wgrad(case.num_groups, case.dim_k, case.columns)
+        return tiles.grouped_wgrad(case.num_groups, case.dim_k, case.columns, case.rows)
     if case.operation == "masked":
         return tiles.masked(case.num_groups, case.max_rows, case.columns, case.dim_k)
     return tiles.grouped(case.rows, case.columns, case.dim_k)

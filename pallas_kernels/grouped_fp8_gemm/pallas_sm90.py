@@ -138,7 +138,7 @@ def wgrad(
     ``group_of_block`` must never decrease; blocks from ``num_blocks`` on are not read.
     """
     rows, columns = x_KM.shape[0], dy_NM.shape[0]
-    tiling = tiling or tiles.grouped_wgrad(num_groups, rows, columns)
+    tiling = tiling or tiles.grouped_wgrad(num_groups, rows, columns, x_KM.shape[1])
     grid = tiling.grid(rows, columns)
     groups = jnp.arange(num_groups + 1, dtype=group_of_block.dtype)
     # Not by bisection: a loop, each turn of which is a kernel of its own.

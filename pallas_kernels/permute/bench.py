@@ -1,11 +1,9 @@
 """Times the plan, both directions and their gradients on the models' shapes.
 
-    python -m pallas_kernels.permute.bench [--json FILE] [--quick] [--tune]
+    python -m pallas_kernels.permute.bench [--json FILE] [--quick]
 
 GB/s counts what must move: each row that is not padding read once and written once, tokens' rows once.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +12,11 @@ from jax import Array
 from pallas_kernels import bench_table
 from pallas_kernels.permute import (
     Plan,
-    columns_sm90,
-    gather_sm90,
     make_plan,
     permute,
     permute_both,
     permute_columns,
     permute_tiles,
-    rows_sm90,
     unpermute,
 )
 from pallas_kernels.quantize import Tiles, quantize_rows, requantize_columns
@@ -59,45 +54,28 @@ def _columns_in_two_steps(tiles: Tiles, plan: Plan) -> Tiles:
     return _both_in_two_steps(tiles, plan)[1]
 
 
-def _codes(table: bench_table.Table, name: str, x_TD: Array, plan: Plan, sorted_rows: int, tune: bool) -> None:
-    """Tokens' codes to sorted codes: rows, columns, both; with ``tune`` for several numbers of tiles a block."""
+def _codes(table: bench_table.Table, name: str, x_TD: Array, plan: Plan, sorted_rows: int) -> None:
+    """Tokens' codes to sorted codes: rows, columns, both."""
     tiles = jax.jit(lambda x: quantize_rows(x, power_of_two=True))(x_TD)
     tokens, dim = x_TD.shape
     once, written = (rows * (dim + 4 * dim // 128) for rows in (tokens, sorted_rows))
-    moved = once + written
 
-    def rows_by_rows(tiles: Tiles, plan: Plan) -> Tiles:
-        scale = tiles.scale.at[:, plan.token_of_row_M].get(mode="fill", fill_value=1)
-        return Tiles(gather_sm90.copy_rows(tiles.q, plan.token_of_row_M), scale)
+    def rows_by_xla(tiles: Tiles, plan: Plan) -> Tiles:
+        return permute_tiles(tiles, plan, implementation="xla")
 
-    later = table.measure(name, "to rows", "whole rows, scales apart", rows_by_rows, (tiles, plan), moved_bytes=moved)
-    table.measure(name, "to rows", "one kernel", permute_tiles, (tiles, plan), moved_bytes=moved, against=later)
-    for operation, forms, two_steps, one_step in (
-        ("to columns", 1, _columns_in_two_steps, permute_columns),
-        ("to both", 2, _both_in_two_steps, permute_both),
+    for operation, forms, before, kernel in (
+        ("to rows", 1, ("xla", rows_by_xla), permute_tiles),
+        ("to columns", 1, ("permute, requantize", _columns_in_two_steps), permute_columns),
+        ("to both", 2, ("permute, requantize", _both_in_two_steps), permute_both),
     ):
         moved = once + forms * written
-        later = table.measure(name, operation, "permute, requantize", two_steps, (tiles, plan), moved_bytes=moved)
-        table.measure(name, operation, "one kernel", one_step, (tiles, plan), moved_bytes=moved, against=later)
-    if not tune:
-        return
-    used = plan.num_blocks
-    for span in (1, 2, 4, 8, 16):
-        kernels = [
-            functools.partial(columns_sm90.permute_columns, span=span),
-            functools.partial(columns_sm90.permute_both, span=span),
-            lambda tiles, index, _, span=span: rows_sm90.permute_rows(tiles, index, span=span),
-        ]
-        for operation, forms, kernel in zip(("to columns", "to both", "to rows"), (1, 2, 1), kernels, strict=True):
-            arguments, moved = (tiles, plan.token_of_row_M, used), once + forms * written
-            table.measure(name, operation, f"one kernel, {span} tiles", kernel, arguments, moved_bytes=moved)
+        later = table.measure(name, operation, *before, (tiles, plan), moved_bytes=moved)
+        table.measure(name, operation, "pallas", kernel, (tiles, plan), moved_bytes=moved, against=later)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = bench_table.parser(__doc__)
-    parser.add_argument("--tune", action="store_true", help="the kernels for codes with other numbers of tiles a block")
-    options = parser.parse_args(arguments)
+    options = bench_table.parser(__doc__).parse_args(arguments)
     table = bench_table.Table(options.json)
     for name in list(CASES)[: 2 if options.quick else None]:
         tokens, dim, experts, choices, block = CASES[name]
@@ -122,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
             name, "to tiles", "quantize, permute", _rows_of_tiles, (x, plan), moved_bytes=moved, against=later
         )
         if block % 128 == 0:
-            _codes(table, name, x, plan, tokens * choices, options.tune)
+            _codes(table, name, x, plan, tokens * choices)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The Hopper kernel (Mosaic GPU) that sorts tokens' codes and quantizes columns of the sorted rows in one pass.
 
-A thread block takes 128 sorted rows, and of those ``SPAN`` tiles of 128 columns one after another; the next tile's
-codes are on their way to registers while one is turned around. All blocks take the same columns before any takes the
+A thread block takes 128 sorted rows, and of those 128 columns. All blocks take the same columns before any takes the
 next: the tokens' codes in those are few enough to stay in the cache for all the rows that want them.
 """
 
@@ -19,9 +18,6 @@ from pallas_kernels.permute import rescale, turn
 from pallas_kernels.quantize.pallas_sm90 import scale_of
 from pallas_kernels.quantize.reference import TILE, Tiles
 from pallas_kernels.quantize.tile_loop import F8, tiles_of
-
-SPAN = 4
-"""Tiles of columns of a thread block, where as many divide the row."""
 
 
 def obstacle(q_TD: Array, num_rows: int, block: int) -> str | None:
@@ -57,72 +53,53 @@ def _sorting(
     used: Array,
     *,
     with_rows: bool,
-    span: int = SPAN,
     interpret: Any = None,
 ) -> list[Tiles]:
-    (count, dim), (made,) = tiles.q.shape, index_M.shape
-    span = max(size for size in range(1, span + 1) if dim // TILE % size == 0)
+    dim, (made,) = tiles.q.shape[1], index_M.shape
     blocks = made // TILE
 
     def body(*refs: Any, codes: Any, along: Any, factors: Any, fits: Any, out: Any, out_scale: Any) -> None:
         q_ref, scale_ref, index_ref, used_ref, *row_refs, column_ref, column_scale_ref = refs
-        task = lax.axis_index("task")
-        mb, first_kb = lax.rem(task, blocks), lax.div(task, blocks) * span
-        here_m = pl.ds(mb * TILE, TILE)
-
-        def fetch(kb: Any, of_row: Array, of_line: Array) -> tuple[Array, Array]:
-            return (
-                turn.gather_rows(q_ref.at[:, pl.ds(kb * TILE, TILE)], of_row, interpret=interpret),
-                turn.gather_scales(scale_ref.at[kb], of_line, interpret=interpret),
-            )
+        tile = lax.axis_index("tile")
+        mb, kb = lax.rem(tile, blocks), lax.div(tile, blocks)
+        here_m, here_k = pl.ds(mb * TILE, TILE), pl.ds(kb * TILE, TILE)
 
         @pl.when(mb < used_ref[0])
         def _() -> None:
             of_row = plgpu.load(index_ref.at[here_m], layout=turn.ROWS.reduce(1), optimized=False)
             of_line = turn.load_line(index_ref.at[here_m], interpret=interpret)
+            rows = turn.gather_rows(q_ref.at[:, here_k], of_row, interpret=interpret)
+            scales = turn.gather_scales(scale_ref.at[kb], of_line, interpret=interpret)
+            turn.put_rows(codes, rows, interpret=interpret)
+            along[...] = scales
+            rescale.note(factors, fits, scales, interpret=interpret)
+            if with_rows:
+                row_refs[0][here_m, here_k] = rows
+                row_refs[1][kb, here_m] = scales
+            plgpu.commit_smem()  # a barrier
+            narrow = functools.reduce(operator.and_, (fits[warp] for warp in range(4)))
+            for wide, chosen in ((False, narrow == 1), (True, narrow == 0)):
 
-            def step(number: Any, fetched: tuple[Array, Array]) -> tuple[Array, Array]:
-                kb = first_kb + number
-                rows, scales = fetched
-                # After the last tile nothing is fetched: rows that are not there need no memory.
-                least = jnp.where(number + 1 == span, count, 0)
-                following = fetch(
-                    jnp.minimum(kb + 1, dim // TILE - 1), *(jnp.maximum(of, least) for of in (of_row, of_line))
-                )
-                turn.put_rows(codes, rows, interpret=interpret)
-                along[...] = scales
-                rescale.note(factors, fits, scales, interpret=interpret)
-                here_k = pl.ds(kb * TILE, TILE)
-                if with_rows:
-                    row_refs[0][here_m, here_k] = rows
-                    row_refs[1][kb, here_m] = scales
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # with a barrier
-                narrow = functools.reduce(operator.and_, (fits[warp] for warp in range(4)))
-                for wide, chosen in ((False, narrow == 1), (True, narrow == 0)):
+                @pl.when(chosen)
+                def _(wide: bool = wide) -> None:
+                    for half in range(2):
 
-                    @pl.when(chosen)
-                    def _(wide: bool = wide) -> None:
-                        for half in range(2):
+                        def numbers(half: int = half) -> Array:
+                            q = turn.take_turned(codes, half, interpret=interpret)
+                            return rescale.products(q, along if wide else factors, interpret=interpret)
 
-                            def numbers(half: int = half) -> Array:
-                                q = turn.take_turned(codes, half, interpret=interpret)
-                                return rescale.products(q, along if wide else factors, interpret=interpret)
+                        x = numbers()
+                        amax = rescale.largest(x, interpret=interpret)
+                        scale = scale_of(amax, True, interpret, turn.TURNED.reduce(1))
+                        out_scale[pl.ds(half * turn.HALF, turn.HALF)] = scale
+                        # Made again, float32 numbers take no registers in between.
+                        q = rescale.encode(numbers() if wide else x, scale, interpret=interpret)
+                        turn.put_turned(out, half, q, interpret=interpret)
 
-                            x = numbers()
-                            amax = rescale.largest(x, interpret=interpret)
-                            scale = scale_of(amax, True, interpret, turn.TURNED.reduce(1))
-                            out_scale[pl.ds(half * turn.HALF, turn.HALF)] = scale
-                            # Made again, float32 numbers take no registers in between.
-                            q = rescale.encode(numbers() if wide else x, scale, interpret=interpret)
-                            turn.put_turned(out, half, q, interpret=interpret)
-
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out, column_ref.at[here_k, here_m])
-                plgpu.copy_smem_to_gmem(out_scale, column_scale_ref.at[mb, here_k])
-                return following
-
-            lax.fori_loop(0, span, step, fetch(first_kb, of_row, of_line))
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out, column_ref.at[here_k, here_m])
+            plgpu.copy_smem_to_gmem(out_scale, column_scale_ref.at[mb, here_k])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     kernel = plgpu.kernel(
         body,
@@ -135,8 +112,8 @@ def _sorting(
             "out": plgpu.SMEM((TILE, TILE), F8, transforms=turn.SWIZZLED),
             "out_scale": plgpu.SMEM((TILE,), jnp.float32),
         },
-        grid=(blocks * (dim // TILE // span),),
-        grid_names=("task",),
+        grid=(blocks * (dim // TILE),),
+        grid_names=("tile",),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
     )

@@ -1,7 +1,6 @@
 """The Hopper kernel (Mosaic GPU) that copies rows by index: a thread block a few of them, all on their way at once.
 
-XLA's own loads an index and then 16 bytes, and waits for both. Only the bench runs it, beside ``rows_sm90``, which took
-its place before the two were timed against each other: the slower one goes then.
+XLA's own loads an index and then 16 bytes, and waits for both.
 """
 
 from typing import Any

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels import dispatch
 from pallas_kernels.once import once
-from pallas_kernels.permute import columns_sm90, rows_sm90
+from pallas_kernels.permute import columns_sm90, gather_sm90
 from pallas_kernels.permute.plan import Plan
 from pallas_kernels.quantize.op import requantize_columns
 from pallas_kernels.quantize.reference import TILE, Tiles
@@ -115,15 +115,18 @@ def permute_tiles(tiles: Tiles, plan: Plan, *, implementation: dispatch.Implemen
     Args:
         tiles: of at least the plan's tokens; rows after those are zeros.
         plan: where the rows go.
-        implementation: ``"xla"``, ``"pallas"`` (Hopper, D and blocks multiples of 128) or ``"auto"``.
+        implementation: ``"xla"``, ``"pallas"`` (Hopper, D a multiple of 128) or ``"auto"``.
 
     Raises:
         ValueError: the plan was made for more tokens, or the implementation asked for cannot run.
     """
     token_M = plan.token_of_row_M
-    if _kernel_sorts("permute_tiles", tiles, plan, implementation):
-        return once(rows_sm90.permute_rows)(tiles, token_M)
-    return Tiles(_copy_rows(tiles.q, token_M), tiles.scale.at[:, token_M].get(mode="fill", fill_value=1))
+    _check_tokens("permute_tiles", tiles, plan)
+    scale = tiles.scale.at[:, token_M].get(mode="fill", fill_value=1)
+    obstacle = gather_sm90.obstacle(tiles.q, token_M)
+    if dispatch.choose("permute_tiles", implementation, {"pallas": obstacle}) == "xla":
+        return Tiles(_copy_rows(tiles.q, token_M), scale)
+    return Tiles(once(gather_sm90.copy_rows)(tiles.q, token_M), scale)
 
 
 @jax.named_scope("permute")
@@ -160,11 +163,15 @@ def permute_both(tiles: Tiles, plan: Plan, *, implementation: dispatch.Implement
 
 
 def _kernel_sorts(name: str, tiles: Tiles, plan: Plan, implementation: dispatch.Implementation) -> bool:
+    _check_tokens(name, tiles, plan)
+    obstacle = columns_sm90.obstacle(tiles.q, plan.num_rows, plan.block)
+    return dispatch.choose(name, implementation, {"pallas": obstacle}) == "pallas"
+
+
+def _check_tokens(name: str, tiles: Tiles, plan: Plan) -> None:
     tokens = plan.row_of_pair_TK.shape[0]
     if tiles.q.shape[0] < tokens:
         raise ValueError(f"{name}: the plan is for {tokens} tokens, the tiles are of {tiles.q.shape[0]}")
-    obstacle = columns_sm90.obstacle(tiles.q, plan.num_rows, plan.block)
-    return dispatch.choose(name, implementation, {"pallas": obstacle}) == "pallas"
 
 
 def _used(plan: Plan) -> Array:
