@@ -10,7 +10,8 @@ from dsv3_jax.cli import bench
 from dsv3_jax.config import ConfigError, load_config
 from dsv3_jax.data import Data
 from dsv3_jax.train import precision_bench
-from dsv3_jax.train.precision_bench import PrecisionRun, compare_precisions, smoothed
+from dsv3_jax.train.precision_bench import compare_precisions
+from dsv3_jax.train.precision_report import PrecisionRun, smoothed, write_comparison
 
 
 @pytest.fixture
@@ -19,12 +20,14 @@ def far(monkeypatch):
     share, asked = {"fp8": 0.0}, []
     share["asked"] = asked
 
-    def run(name, config, data, say, write, evaluate):
-        asked.append((name, config.train.precision, config.train.loss_chunk))
-        losses = np.linspace(8, 4, 40) * np.where(np.arange(40) >= 30, 1 + share.get(name, 0.0), 1.0)
-        return PrecisionRun(name, losses.tolist(), {}, 1000.0)
+    def run(trainer, name, seed):
+        config = trainer._config_in(name)
+        asked.append((name, seed, config.train.precision, config.train.loss_chunk))
+        higher = share.get((name, seed), share.get(name, 0.0))
+        losses = np.linspace(8, 4, 40) * np.where(np.arange(40) >= 30, 1 + higher, 1.0)
+        return PrecisionRun(name, seed, losses.tolist(), {"bf16": 4.0, "fp8": 4.0 + higher}, 1000.0)
 
-    monkeypatch.setattr(precision_bench, "_run", run)
+    monkeypatch.setattr(precision_bench._Trainer, "run", run)
     monkeypatch.setattr(precision_bench, "prepare_data", lambda *arguments: Mock(spec=Data))
     return share
 
@@ -37,31 +40,70 @@ def test_differences_are_of_smoothed_losses_over_the_last_half_and_are_written_d
     far["fp8"] = -0.01
     result = compare_precisions(load_config("tiny"), tmp_path, ("bf16", "fp8", "fp32"))
     found = result.differences["fp8"]
-    assert 0.005 < found["max"] < 0.01, "ten steps bring the average 65% of the way"
-    assert found["signed_mean"] == pytest.approx(-found["mean"])
-    assert found["mean"] < found["max"] / 2
-    assert result.differences["fp32"] == {"max": 0.0, "mean": 0.0, "signed_mean": 0.0}
+    assert 0.005 < found.max < 0.01, "ten steps bring the average 65% of the way"
+    assert found.signed_mean == pytest.approx(-found.mean)
+    assert found.mean < found.max / 2
+    assert found.validation == pytest.approx(-0.01 / 4)
+    same = result.differences["fp32"]
+    assert (same.max, same.mean, same.signed_mean, same.standard_error) == (0.0, 0.0, 0.0, None)
     written = json.loads((tmp_path / "precision.json").read_text())
-    assert written["differences"]["fp8"] == found
+    assert written["differences"]["fp8"]["max"] == found.max
     assert [len(run["losses"]) for run in written["runs"]] == [40, 40, 40]
     assert (tmp_path / "precision.png").stat().st_size > 10_000
+
+
+def test_differences_are_averaged_over_seeds(far, tmp_path):
+    far["fp8", 3], far["fp8", 5] = 0.01, -0.006
+    alone = {
+        seed: compare_precisions(load_config("tiny"), tmp_path / str(seed), seeds=[seed]).differences["fp8"]
+        for seed in (3, 5)
+    }
+    found = compare_precisions(load_config("tiny"), tmp_path, seeds=[3, 5]).differences["fp8"]
+    assert found.by_seed == {seed: one.signed_mean for seed, one in alone.items()}
+    assert found.signed_mean == pytest.approx((alone[3].signed_mean + alone[5].signed_mean) / 2)
+    assert found.max == pytest.approx((alone[3].max - alone[5].max) / 2), "opposite differences at the same step"
+    assert found.standard_error == pytest.approx((alone[3].signed_mean - alone[5].signed_mean) / 2)
 
 
 def test_again_is_the_first_precision_with_other_roundings(far, tmp_path):
     config = load_config("tiny")
     result = compare_precisions(config, tmp_path, ("bf16", "again"))
     chunk = config.train.loss_chunk
-    assert far["asked"] == [("bf16", "bf16", chunk), ("again", "bf16", chunk // 2)]
-    assert result.differences["again"]["max"] == 0.0
+    assert far["asked"] == [("bf16", 0, "bf16", chunk), ("again", 0, "bf16", chunk // 2)]
+    assert result.differences["again"].max == 0.0
 
 
 def test_what_a_stopped_comparison_has_is_there(tmp_path):
-    whole = PrecisionRun("bf16", [4.0, 3.0, 2.0, 1.0], {"bf16": 2.5}, 10.0)
-    precision_bench._write(load_config("tiny"), tmp_path, [whole, PrecisionRun("fp8", [4.0, 3.5], {}, 0.0)])
+    whole = PrecisionRun("bf16", 0, [4.0, 3.0, 2.0, 1.0], {"bf16": 2.5}, 10.0)
+    write_comparison(tmp_path, "tiny", 1, {}, [whole, PrecisionRun("fp8", 0, [4.0, 3.5], {}, None)])
     written = json.loads((tmp_path / "precision.json").read_text())
     assert written["steps"] == 2
     assert written["differences"]["fp8"]["max"] > 0
     assert (tmp_path / "precision.png").exists()
+
+
+def test_a_seed_counts_once_all_its_runs_are_whole(tmp_path):
+    def made(precision, seed, losses, rate=10.0):
+        return PrecisionRun(precision, seed, losses, {}, rate)
+
+    runs = [made("bf16", 0, [2.0] * 4), made("bf16", 1, [2.0] * 4), made("fp8", 0, [2.2] * 4)]
+    for unfinished in ([], [made("fp8", 1, [9.0] * 4, None)]):
+        found = write_comparison(tmp_path, "tiny", 1, {}, runs + unfinished).differences["fp8"]
+        assert found.by_seed == {0: pytest.approx(0.1)}
+
+
+def test_a_comparison_is_resumed_where_runs_are_missing(far, tmp_path):
+    config = load_config("tiny")
+    compare_precisions(config, tmp_path, seeds=[0])
+    result = compare_precisions(config, tmp_path, seeds=[0, 1], resume=True)
+    assert [(name, seed) for name, seed, *_ in far["asked"]] == [("bf16", 0), ("fp8", 0), ("bf16", 1), ("fp8", 1)]
+    assert [(run.precision, run.seed) for run in result.runs] == [("bf16", 0), ("bf16", 1), ("fp8", 0), ("fp8", 1)]
+    assert set(result.differences["fp8"].by_seed) == {0, 1}
+    with pytest.raises(ConfigError, match=r"--resume: .*precision.json is of other settings \(config\); name another"):
+        compare_precisions(load_config("tiny", {"train": {"batch_size": 4}}), tmp_path, resume=True)
+    (tmp_path / "precision.json").write_text("[]")
+    with pytest.raises(ConfigError, match="is no file of this dsv3 bench precision"):
+        compare_precisions(config, tmp_path, resume=True)
 
 
 @pytest.mark.parametrize(("share", "status"), [(0.002, 0), (0.01, 1)])
@@ -77,6 +119,8 @@ def test_the_command_fails_where_fp8_is_farther_than_the_papers_quarter_percent(
         (["tiny"], "--out is missing"),
         (["tiny", "--out", "x", "--precisions", "fp8"], "must name two or more of fp32, bf16, fp8"),
         (["tiny", "--out", "x", "--precisions", "bf16,fp4"], "must name two or more of fp32, bf16, fp8"),
+        (["tiny", "--out", "x", "--seeds", "1,1"], "--seeds = '1,1' must be whole numbers from 0 on"),
+        (["tiny", "--out", "x", "--seeds", "one"], "--seeds = 'one' must be whole numbers from 0 on"),
     ],
 )
 def test_mistakes_are_one_line(words, told):
