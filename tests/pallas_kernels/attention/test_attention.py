@@ -1,13 +1,16 @@
 """Causal attention against float64 NumPy, its gradients, and its memory."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention import attention_backward, attention_forward, causal_attention, cudnn, reference, xla
+from pallas_kernels.attention.bench import with_gradients
 from pallas_kernels.testing import assert_close
 
 CASES = {  # name: (B, T, S, N, J, H, W, q_offset)
@@ -141,6 +144,19 @@ def test_cudnn_names_what_it_cannot_do(monkeypatch, name, dtype, message):
     monkeypatch.setattr(cudnn.dispatch, "hopper_obstacle", lambda: None)
     q, k, v, _, offset = draw(name, dtype)
     assert message in cudnn.obstacle(q, k, v, offset)
+
+
+def test_forward_and_backward_are_cudnns_two_calls_and_nothing_is_computed_beside_them():
+    with dispatch.compiling_for(dispatch.Target("gpu", "9.0")), cudnn.compiling_for("9.0", 92800):
+        query, value = (jax.ShapeDtypeStruct((4, 4096, 32, dim), jnp.bfloat16) for dim in (192, 128))
+        step = functools.partial(with_gradients, scale=192**-0.5, implementation="cudnn")
+        lowered = jax.jit(step).trace(query, query, value, value).lower(lowering_platforms=("cuda",))
+    operations = re.findall(r"= (stablehlo\.\w+)(?: @([\w$]+))?", lowered.as_text())
+    calls = [target for operation, target in operations if operation == "stablehlo.custom_call"]
+    assert calls == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    # Transposes from the calls' [B, N, T, W] to [B, T, N, W] keep the order of bytes; XLA for GPUs makes them bitcasts.
+    beside = {operation.removeprefix("stablehlo.") for operation, _ in operations} - {"custom_call"}
+    assert beside <= {"transpose", "constant", "broadcast_in_dim"}
 
 
 @pytest.mark.gpu
