@@ -2,9 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -70,7 +69,8 @@ class Comparison:
     """What all runs have in common: device, jax and configuration."""
     runs: list[PrecisionRun]
     differences: dict[str, Difference]
-    """By precision. Of the seeds that both have whole; while there is none, of the steps that the first seed has."""
+    """By precision, of those that the first seed has: over the seeds that all of them have whole; while there is none,
+    over the steps that the first seed has."""
 
 
 def smoothed(losses: Sequence[float]) -> Float[np.ndarray, " steps"]:
@@ -86,8 +86,9 @@ def write_comparison(
     out: Path, preset: str, tokens_per_step: int, settings: Mapping[str, str], runs: Sequence[PrecisionRun]
 ) -> Comparison:
     """Compares ``runs`` and writes ``precision.json`` and ``precision.png`` into ``out``."""
-    seeds = _comparable(runs)
-    found = [run for run in runs if run.seed in seeds]
+    names = {run.precision for run in runs if run.seed == runs[0].seed}
+    seeds = _comparable(runs, names)
+    found = [run for run in runs if run.seed in seeds and run.precision in names]
     steps = min(len(run.losses) for run in found)
     lines = {(run.precision, run.seed): smoothed(run.losses[:steps]) for run in found}
     first, *others = dict.fromkeys(run.precision for run in found)
@@ -132,9 +133,8 @@ def read_runs(out: Path, settings: Mapping[str, str]) -> list[PrecisionRun]:
     return [run for run in runs if run.tokens_per_second is not None]
 
 
-def _comparable(runs: Sequence[PrecisionRun]) -> list[int]:
-    """The seeds that every precision of the first seed has whole, or else the first seed."""
-    wanted = {run.precision for run in runs if run.seed == runs[0].seed}
+def _comparable(runs: Sequence[PrecisionRun], wanted: Set[str]) -> list[int]:
+    """The seeds that every wanted precision has whole, or else the first seed."""
     have: dict[int, set[str]] = {}
     for run in runs:
         if run.tokens_per_second is not None:
@@ -148,13 +148,13 @@ def _difference(
     line = np.mean(list(lines.values()), axis=0)
     by_seed = {seed: float(one.mean()) for seed, one in lines.items()}
     validated = [_validation_difference(*pair) for pair in pairs]
-    spread: Any = np.std(list(by_seed.values()), ddof=1) / np.sqrt(len(by_seed)) if len(by_seed) > 1 else None
+    several = len(by_seed) > 1
     return Difference(
         max=float(np.abs(line).max()),
         mean=float(np.abs(line).mean()),
         signed_mean=float(line.mean()),
         by_seed=by_seed,
-        standard_error=None if spread is None else float(spread),
+        standard_error=float(np.std(list(by_seed.values()), ddof=1) / len(by_seed) ** 0.5) if several else None,
         validation=None if None in validated else float(np.mean(np.array(validated, float))),
     )
 

@@ -87,9 +87,10 @@ def test_a_seed_counts_once_all_its_runs_are_whole(tmp_path):
         return PrecisionRun(precision, seed, losses, {}, rate)
 
     runs = [made("bf16", 0, [2.0] * 4), made("bf16", 1, [2.0] * 4), made("fp8", 0, [2.2] * 4)]
-    for unfinished in ([], [made("fp8", 1, [9.0] * 4, None)]):
-        found = write_comparison(tmp_path, "tiny", 1, {}, runs + unfinished).differences["fp8"]
-        assert found.by_seed == {0: pytest.approx(0.1)}
+    for more in ([], [made("fp8", 1, [9.0] * 4, None)], [made("again", 1, [9.0] * 4)]):
+        found = write_comparison(tmp_path, "tiny", 1, {}, runs + more).differences
+        assert set(found) == {"fp8"}
+        assert found["fp8"].by_seed == {0: pytest.approx(0.1)}
 
 
 def test_a_comparison_is_resumed_where_runs_are_missing(far, tmp_path):
