@@ -59,7 +59,7 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Runs in the order they were made, each precision compared with the first."""
+    """Runs, the first precision's first, and each other precision compared with it."""
 
     preset: str
     steps: int

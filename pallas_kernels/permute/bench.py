@@ -10,15 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import bench_table
-from pallas_kernels.permute import (
-    Plan,
-    make_plan,
-    permute,
-    permute_both,
-    permute_columns,
-    permute_tiles,
-    unpermute,
-)
+from pallas_kernels.permute import Plan, make_plan, permute, permute_both, permute_columns, permute_tiles, unpermute
 from pallas_kernels.quantize import Tiles, quantize_rows, requantize_columns
 
 CASES = {  # name: (T, D, E, K, block)

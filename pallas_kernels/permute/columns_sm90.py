@@ -47,14 +47,7 @@ def permute_both(tiles: Tiles, index_M: Array, used: Array, **options: Any) -> t
     return rows, columns
 
 
-def _sorting(
-    tiles: Tiles,
-    index_M: Array,
-    used: Array,
-    *,
-    with_rows: bool,
-    interpret: Any = None,
-) -> list[Tiles]:
+def _sorting(tiles: Tiles, index_M: Array, used: Array, *, with_rows: bool, interpret: Any = None) -> list[Tiles]:
     dim, (made,) = tiles.q.shape[1], index_M.shape
     blocks = made // TILE
 

@@ -107,6 +107,29 @@ def test_a_comparison_is_resumed_where_runs_are_missing(far, tmp_path):
         compare_precisions(config, tmp_path, resume=True)
 
 
+def test_real_runs_of_a_seed_are_the_same_alone_and_after_another(tmp_path):
+    (tmp_path / "text").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        (tmp_path / "text" / f"{number}.txt").write_text(" ".join(rng.choice(["one", "two", "three", "four"], 200)))
+    model = {
+        "vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "first_k_dense_replace": 1,
+        "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 8,
+        "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "num_nextn_predict_layers": 0,
+    }  # fmt: skip
+    training = {"steps": 4, "seq_len": 16, "batch_size": 4, "eval_sequences": 4}
+    data = {"source": str(tmp_path / "text")}
+    config = load_config({"name": "micro", "model": model, "data": data, "train": training})
+    both = compare_precisions(config, tmp_path / "both", ("fp32", "bf16"), [0, 1])
+    (alone,) = compare_precisions(config, tmp_path / "alone", ("bf16",), [1]).runs
+    found = {(run.precision, run.seed): run for run in both.runs}
+    assert alone.losses == found["bf16", 1].losses
+    assert alone.val_losses["bf16"] == found["bf16", 1].val_losses["bf16"]
+    assert found["fp32", 0].losses != found["fp32", 1].losses != found["bf16", 1].losses
+    assert set(found["fp32", 0].val_losses) == {"fp32", "bf16"}
+    assert 0 < both.differences["bf16"].max < 0.01
+
+
 @pytest.mark.parametrize(("share", "status"), [(0.002, 0), (0.01, 1)])
 def test_the_command_fails_where_fp8_is_farther_than_the_papers_quarter_percent(far, tmp_path, capsys, share, status):
     far["fp8"] = share

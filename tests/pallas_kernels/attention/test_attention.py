@@ -151,7 +151,7 @@ def test_forward_and_backward_are_cudnns_two_calls_and_nothing_is_computed_besid
         query, value = (jax.ShapeDtypeStruct((4, 4096, 32, dim), jnp.bfloat16) for dim in (192, 128))
         step = functools.partial(with_gradients, scale=192**-0.5, implementation="cudnn")
         lowered = jax.jit(step).trace(query, query, value, value).lower(lowering_platforms=("cuda",))
-    operations = re.findall(r"= (stablehlo\.\w+)(?: @([\w$]+))?", lowered.as_text())
+    operations = re.findall(r"= \"?(stablehlo\.\w+)(?: @([\w$]+))?", lowered.as_text())
     calls = [target for operation, target in operations if operation == "stablehlo.custom_call"]
     assert calls == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
     # Transposes from the calls' [B, N, T, W] to [B, T, N, W] keep the order of bytes; XLA for GPUs makes them bitcasts.

@@ -8,14 +8,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.permute import (
-    columns_sm90,
-    make_plan,
-    permute_both,
-    permute_columns,
-    permute_tiles,
-    rescale,
-)
+from pallas_kernels.permute import columns_sm90, make_plan, permute_both, permute_columns, permute_tiles, rescale
 from pallas_kernels.quantize import Tiles, quantize_rows, requantize_columns
 from pallas_kernels.testing import spilled_bytes
 
