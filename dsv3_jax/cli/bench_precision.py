@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+from dsv3_jax.cli.compile_cache import keep_compiled
 from dsv3_jax.cli.overrides import parse_config
 from dsv3_jax.config import ConfigError, TrainConfig
 from sharding.flags import apply_gpu_flags
@@ -25,6 +26,8 @@ class Options:
     them. Its own alone where none is given."""
     resume: bool = False
     """Keep the finished runs of OUT/precision.json."""
+    compile_cache: str = ""
+    """Folder that compiled programs are kept in for the next time; empty is one in the user's cache, 'off' none."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -41,6 +44,7 @@ def run(argv: Sequence[str]) -> int:
     if not options.out:
         raise ConfigError("--out is missing: the folder for what is measured")
     apply_gpu_flags(os.environ, config.mesh.devices, beside=config.mesh.sends_beside)
+    keep_compiled(options.compile_cache)
     from dsv3_jax.train.precision_bench import compare_precisions
     from dsv3_jax.train.precision_report import LIMIT
 

@@ -1,18 +1,22 @@
 """Times causal attention, forward and with its gradients, on the models' shapes.
 
-    python -m pallas_kernels.attention.bench [--json FILE] [--quick]
+    python -m pallas_kernels.attention.bench [--json FILE] [--quick] [--no-xla] [--passes N]
 
-FLOPs of the causal half, as the peers count them: forward B N T^2 (H + W), backward B N T^2 (3 H + 2 W).
+FLOPs of the causal half, as the peers count them: forward B N T^2 (H + W), backward B N T^2 (3 H + 2 W). "cudnn" is
+JAX's own call of cuDNN with JAX's own rule for its gradients; "halves" is ``attention_forward`` and
+``attention_backward``, which layers with a gradient of their own call.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import bench_table
-from pallas_kernels.attention import causal_attention
+from pallas_kernels.attention import attention_backward, attention_forward, causal_attention
 from pallas_kernels.dispatch import AttentionImplementation
 
 CASES = {  # name: (B, T, N, H, W)
@@ -32,30 +36,50 @@ def with_gradients(
     return out, *back(dy)
 
 
+def by_halves(q: Array, k: Array, v: Array, dy: Array, *, scale: float) -> tuple[Array, ...]:
+    """The same by the two calls of layers with a gradient of their own."""
+    out, sums = attention_forward(q, k, v, scale=scale, implementation="cudnn")
+    return out, *attention_backward(q, k, v, out, sums, dy, scale=scale)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    options = bench_table.parser(__doc__).parse_args(arguments)
+    parser = bench_table.parser(__doc__)
+    parser.add_argument("--no-xla", action="store_true", help="leave out XLA's own attention")
+    parser.add_argument("--passes", type=int, default=1, help="times that all is measured")
+    options = parser.parse_args(arguments)
     table = bench_table.Table(options.json)
-    for name in list(CASES)[: 1 if options.quick else None]:
-        batch, length, heads, dim, value_dim = CASES[name]
-        keys = jax.random.split(jax.random.key(0), 4)
-        q, k, v, dy = (
-            jax.random.normal(key, (batch, length, heads, size), jnp.bfloat16)
-            for key, size in zip(keys, (dim, dim, value_dim, value_dim), strict=True)
-        )
-        square = batch * heads * length * length
-        forward_flops, backward_flops = square * (dim + value_dim), square * (3 * dim + 2 * value_dim)
-        baselines: dict[str, float | None] = {}
-        for implementation in ("xla", "cudnn"):
-            how = {"scale": dim**-0.5, "implementation": implementation}
-            for operation, function, inputs, flops in (
-                ("forward", functools.partial(causal_attention, **how), (q, k, v), forward_flops),
-                ("fwd+bwd", functools.partial(with_gradients, **how), (q, k, v, dy), forward_flops + backward_flops),
-            ):
-                against = None if implementation == "xla" else baselines[operation]
-                baselines[operation] = table.measure(
-                    name, operation, implementation, function, inputs, flops=flops, sustained=True, against=against
-                )
+    for _ in range(options.passes):
+        for name in list(CASES)[: 1 if options.quick else None]:
+            run(table, name, xla=not options.no_xla)
+
+
+def run(table: bench_table.Table, name: str, *, xla: bool) -> None:
+    """All implementations on one shape."""
+    batch, length, heads, dim, value_dim = CASES[name]
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, dy = (
+        jax.random.normal(key, (batch, length, heads, size), jnp.bfloat16)
+        for key, size in zip(keys, (dim, dim, value_dim, value_dim), strict=True)
+    )
+    square, scale = batch * heads * length * length, dim**-0.5
+    forward_flops, backward_flops = square * (dim + value_dim), square * (3 * dim + 2 * value_dim)
+    baselines: dict[str, float | None] = {}
+
+    def measure(operation: str, implementation: str, function: Callable[..., Any], *inputs: Array) -> None:
+        flops = forward_flops + (backward_flops if operation == "fwd+bwd" else 0)
+        us = table.measure(
+            name, operation, implementation, function, inputs,
+            flops=flops, sustained=True, against=baselines.get(operation),
+        )  # fmt: skip
+        baselines.setdefault(operation, us)
+
+    names: list[AttentionImplementation] = ["xla", "cudnn"] if xla else ["cudnn"]
+    for implementation in names:
+        how: dict[str, Any] = {"scale": scale, "implementation": implementation}
+        measure("forward", implementation, functools.partial(causal_attention, **how), q, k, v)
+        measure("fwd+bwd", implementation, functools.partial(with_gradients, **how), q, k, v, dy)
+    measure("fwd+bwd", "halves", functools.partial(by_halves, scale=scale), q, k, v, dy)
 
 
 if __name__ == "__main__":
