@@ -72,6 +72,7 @@ def compare_precisions(
         trainer = _Trainer(config, data, precisions, write, say)
         for name, seed in todo:
             runs.append(trainer.run(name, seed))
+            write()
     return write()
 
 
