@@ -1,9 +1,9 @@
 """The Hopper kernel (Mosaic GPU) of the backward: it reads the stored codes and the output's gradient once.
 
 A thread block takes a 128 x 128 tile of the gate, of up and of the gradient. Each of its warpgroups computes half the
-rows, a few at a time in registers while the next codes of the gate are on their way, writes their row-wise tiles and
-leaves the three results in shared memory, rounded as they would be stored; then each reads half of the columns
-transposed, where a tile of 128 tokens is a row.
+rows, a few at a time in registers while the next ones are on their way, writes their row-wise tiles and leaves the
+three results in shared memory, rounded as they would be stored; then each reads half of the columns transposed, where a
+tile of 128 tokens is a row.
 
 Two blocks share an SM: while one waits for its loads or at its barrier, the other computes. That leaves each 113 KB of
 shared memory, of which this takes 112, and 128 registers a thread.
@@ -35,6 +35,9 @@ CHUNK = 16
 """Rows that a warpgroup computes at once, a multiple of 8."""
 
 _SHARE = TILE // WARPGROUPS
+
+Fetched = tuple[tuple[Array, Array], tuple[Array, Array], Array]
+"""A few rows of a tile: the gate's codes and scales, those of up, and the output's gradient."""
 
 
 def swiglu_backward_quantize(
@@ -79,12 +82,13 @@ def swiglu_backward_quantize(
         def codes_of(step: Any, tile: Any) -> tuple[Array, Array]:
             return tile_of(kept_ref, step, tile), per_row(kept_scale_ref.at[tile, rows_of(step)])
 
-        def turn(step: Any, gate_codes: tuple[Array, Array]) -> tuple[Array, Array]:
-            # The sigmoid takes long: what is needed after it need not be on its way before this step.
-            here_m = rows_of(step)
-            up_codes, dout16 = codes_of(step, tiles[1]), tile_of(dout_ref, step, ib)
+        def fetched(step: Any) -> Fetched:
+            return codes_of(step, tiles[0]), codes_of(step, tiles[1]), tile_of(dout_ref, step, ib)
+
+        def turn(step: Any, given: Fetched) -> Fetched:
+            here_m, (gate_codes, up_codes, dout16) = rows_of(step), given
             weights = [per_row(ref.at[here_m]) for ref in weight_refs]
-            following = codes_of(jnp.minimum(step + 1, steps - 1), tiles[0])
+            following = fetched(jnp.minimum(step + 1, steps - 1))
             gate, up = dequantized(*gate_codes), dequantized(*up_codes)
             dout = dout16.astype(jnp.float32) if interpret else widened(dout16, layout=ROWS)
             open_share = sigmoid(gate, layout=ROWS, interpret=interpret)
@@ -103,7 +107,7 @@ def swiglu_backward_quantize(
                     row_ref[here], row_scale_ref[tiles[number], here_m] = quantize(result, layout=ROWS)
             return following
 
-        lax.fori_loop(0, steps, turn, codes_of(0, tiles[0]))
+        lax.fori_loop(0, steps, turn, fetched(0))
         plgpu.commit_smem()
         plgpu.barrier_arrive(written)
         plgpu.barrier_wait(written)
