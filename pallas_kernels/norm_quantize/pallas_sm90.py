@@ -83,12 +83,15 @@ def norm_quantize(
             how = {"power_of_two": power_of_two, "interpret": interpret, "narrow": True}
             q = quantizer.encode(y, scale, layout=ROWS_OF_TILES, **how)
             q_ref[here_m, here_k] = q
-            scale_ref.T[here_m, here_k] = scale
+            scale_ref[here_m, here_k] = scale
             for y_ref in y_refs:
                 y_ref[here_m, here_k] = rounded
 
     q_type, scale_type = tiles_of(rows, dim_k)
-    out_type = [jax.ShapeDtypeStruct((rows, k_tiles, TILE), q_type.dtype), scale_type]
+    out_type = [
+        jax.ShapeDtypeStruct((rows, k_tiles, TILE), q_type.dtype),
+        jax.ShapeDtypeStruct((rows, k_tiles), scale_type.dtype),
+    ]
     kernel = plgpu.kernel(
         body,
         out_type=out_type + [jax.ShapeDtypeStruct((rows, k_tiles, TILE), dtype)] * with_output,
@@ -100,4 +103,4 @@ def norm_quantize(
     weight_BT = weight_K.astype(jnp.float32).reshape(k_tiles, TILE)
     made = [varying.like(out, x_MK, weight_K) for out in kernel(x_MK.reshape(rows, k_tiles, TILE), weight_BT)]
     y_MK = made[2].reshape(rows, dim_k) if with_output else None
-    return Tiles(made[0].reshape(rows, dim_k), made[1]), y_MK
+    return Tiles(made[0].reshape(rows, dim_k), made[1].T), y_MK
