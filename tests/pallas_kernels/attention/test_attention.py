@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import attention_backward, attention_forward, causal_attention, cudnn, reference, xla
-from pallas_kernels.attention.bench import with_gradients
+from pallas_kernels.attention.bench import by_halves, with_gradients
 from pallas_kernels.testing import assert_close
 
 CASES = {  # name: (B, T, S, N, J, H, W, q_offset)
@@ -146,11 +146,15 @@ def test_cudnn_names_what_it_cannot_do(monkeypatch, name, dtype, message):
     assert message in cudnn.obstacle(q, k, v, offset)
 
 
-def test_forward_and_backward_are_cudnns_two_calls_and_nothing_is_computed_beside_them():
+WHOLE = functools.partial(with_gradients, implementation="cudnn")
+
+
+@pytest.mark.parametrize("step", [WHOLE, by_halves], ids=("whole", "halves"))
+def test_forward_and_backward_are_cudnns_two_calls_and_nothing_is_computed_beside_them(step):
     with dispatch.compiling_for(dispatch.Target("gpu", "9.0")), cudnn.compiling_for("9.0", 92800):
         query, value = (jax.ShapeDtypeStruct((4, 4096, 32, dim), jnp.bfloat16) for dim in (192, 128))
-        step = functools.partial(with_gradients, scale=192**-0.5, implementation="cudnn")
-        lowered = jax.jit(step).trace(query, query, value, value).lower(lowering_platforms=("cuda",))
+        traced = jax.jit(functools.partial(step, scale=192**-0.5)).trace(query, query, value, value)
+        lowered = traced.lower(lowering_platforms=("cuda",))
     operations = re.findall(r"= \"?(stablehlo\.\w+)(?: @([\w$]+))?", lowered.as_text())
     calls = [target for operation, target in operations if operation == "stablehlo.custom_call"]
     assert calls == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
