@@ -57,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
         error = "" if found.standard_error is None else f" +- {100 * found.standard_error:.4f}"
         validated = "" if found.validation is None else f", validation {100 * found.validation:+.4f}%"
         print(
-            f"{name} against {names[0]}, EMA(0.9), last half of {result.steps} steps: max {100 * found.max:.4f}%, "
+            f"{name} against {names[0]}, EMA(0.9), last half of {found.steps} steps: max {100 * found.max:.4f}%, "
             f"mean {100 * found.mean:.4f}%, signed mean {100 * found.signed_mean:+.4f}{error}%{validated}"
         )
         if len(found.by_seed) > 1:

@@ -226,18 +226,19 @@ def _violation_figure(
 
 def write_precision_plot(
     path: Path,
-    curves: Mapping[str, Float[np.ndarray, " steps"]],
-    relative: Mapping[str, Float[np.ndarray, "seeds steps"]],
+    curves: Mapping[str, Float[np.ndarray, " _"]],
+    relative: Mapping[str, Float[np.ndarray, "_ _"]],
     limit: float,
 ) -> None:
     """Smoothed losses of runs that differ in precision, and how far each is from the first.
 
-    With several seeds the mean of their differences is drawn, and each of them thin.
+    With several seeds the mean of their differences is drawn, and each of them thin. Precisions may have as many seeds
+    and steps as they like.
 
     Args:
         path: of the PNG file.
         curves: smoothed loss of each step by precision, mean over seeds.
-        relative: relative difference of each but the first from the first, by seed.
+        relative: relative difference of each but the first from the first, ``[seeds, steps]``.
         limit: the largest that is wanted, drawn as a band.
     """
     colors = dict(zip(curves, (_INK, _SECOND, _MAIN, _THIRD), strict=False))
@@ -249,22 +250,25 @@ def write_precision_plot(
         upper.set_title("Training loss by precision, same seed and data, EMA(0.9)")
         upper.set_ylabel("nats per token")
         upper.legend()
-        steps = max(map(len, curves.values()))
-        seeds = max([len(lines) for lines in relative.values()], default=1)
         for name, lines in relative.items():
+            seeds, steps = lines.shape
             for line in lines if seeds > 1 else ():
                 lower.plot(range(1, steps + 1), 100 * line, color=colors[name], linewidth=0.6, alpha=0.35)
-            lower.plot(range(1, steps + 1), 100 * lines.mean(axis=0), color=colors[name], linewidth=1.2, label=name)
+            label = f"{name}, mean of {seeds} seeds" if seeds > 1 else name
+            lower.plot(range(1, steps + 1), 100 * lines.mean(axis=0), color=colors[name], linewidth=1.2, label=label)
         lower.axhspan(-100 * limit, 100 * limit, color=_GOOD, alpha=0.15, linewidth=0, label=f"{100 * limit:g}%")
         half = np.abs(
-            np.concatenate([100 * lines[:, steps // 2 :].ravel() for lines in relative.values()] or [np.zeros(1)])
+            np.concatenate(
+                [100 * lines[:, len(lines[0]) // 2 :].ravel() for lines in relative.values()] or [np.zeros(1)]
+            )
         )
         reach = 1.5 * max(float(half.max()), 100 * limit)
         lower.set_ylim(-reach, reach)
+        steps = max(map(len, curves.values()))
         lower.axvline(steps / 2, color="#888888", linewidth=0.8, linestyle=":")
-        of = f", mean of {seeds} seeds, each of them thin" if seeds > 1 else ""
-        lower.set_title(f"Difference from {next(iter(curves))}{of}; the last half counts")
+        thin = ", each seed thin" if max(map(len, relative.values()), default=1) > 1 else ""
+        lower.set_title(f"Difference from {next(iter(curves))}{thin}; the last half counts")
         lower.set_ylabel("%")
-        lower.legend()
+        lower.legend(loc="lower left", ncols=len(curves))
         _steps_axis(lower, steps)
         figure.savefig(path, bbox_inches="tight", facecolor="white")

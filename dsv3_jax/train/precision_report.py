@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,8 @@ class Difference:
     rounding alone, averages out, what the precision does stays.
     """
 
+    steps: int
+    """That are compared: those that all runs of both precisions have."""
     max: float
     """Largest magnitude."""
     mean: float
@@ -62,15 +64,17 @@ class Comparison:
     """Runs, the first precision's first, and each other precision compared with it."""
 
     preset: str
-    steps: int
-    """That are compared."""
     tokens_per_step: int
     settings: dict[str, str]
     """What all runs have in common: device, jax and configuration."""
     runs: list[PrecisionRun]
     differences: dict[str, Difference]
-    """By precision, of those that the first seed has: over the seeds that all of them have whole; while there is none,
-    over the steps that the first seed has."""
+    """By precision: over the seeds that it and the first precision have whole; while there is none, over the steps that
+    one seed has so far."""
+
+
+Pair = tuple[PrecisionRun, PrecisionRun]
+"""A seed's run in the first precision and in another."""
 
 
 def smoothed(losses: Sequence[float]) -> Float[np.ndarray, " steps"]:
@@ -85,32 +89,19 @@ def smoothed(losses: Sequence[float]) -> Float[np.ndarray, " steps"]:
 def write_comparison(
     out: Path, preset: str, tokens_per_step: int, settings: Mapping[str, str], runs: Sequence[PrecisionRun]
 ) -> Comparison:
-    """Compares ``runs`` and writes ``precision.json`` and ``precision.png`` into ``out``."""
-    names = {run.precision for run in runs if run.seed == runs[0].seed}
-    seeds = _comparable(runs, names)
-    found = [run for run in runs if run.seed in seeds and run.precision in names]
-    steps = min(len(run.losses) for run in found)
-    lines = {(run.precision, run.seed): smoothed(run.losses[:steps]) for run in found}
-    first, *others = dict.fromkeys(run.precision for run in found)
-    relative = {name: np.stack([lines[name, seed] / lines[first, seed] - 1 for seed in seeds]) for name in others}
-    by_key = {(run.precision, run.seed): run for run in found}
+    """Compares ``runs``, which begin with the first precision's, and writes both files into ``out``."""
+    first, *others = dict.fromkeys(run.precision for run in runs)
+    pairs = {name: found for name in others if (found := _pairs(runs, first, name))}
     result = Comparison(
         preset=preset,
-        steps=steps,
         tokens_per_step=tokens_per_step,
         settings=dict(settings),
         runs=list(runs),
-        differences={
-            name: _difference(
-                dict(zip(seeds, relative[name][:, steps // 2 :], strict=True)),
-                [(by_key[first, seed], by_key[name, seed]) for seed in seeds],
-            )
-            for name in others
-        },
+        differences={name: _difference(found) for name, found in pairs.items()},
     )
     write_whole(out / FILE, json.dumps(dataclasses.asdict(result)) + "\n")
-    curves = {name: np.mean([lines[name, seed] for seed in seeds], axis=0) for name in (first, *others)}
-    write_precision_plot(out / "precision.png", curves, relative, LIMIT)
+    relative = {name: np.stack(list(_lines(found).values())) for name, found in pairs.items()}
+    write_precision_plot(out / "precision.png", _curves(runs[0], pairs), relative, LIMIT)
     return result
 
 
@@ -133,23 +124,55 @@ def read_runs(out: Path, settings: Mapping[str, str]) -> list[PrecisionRun]:
     return [run for run in runs if run.tokens_per_second is not None]
 
 
-def _comparable(runs: Sequence[PrecisionRun], wanted: Set[str]) -> list[int]:
-    """The seeds that every wanted precision has whole, or else the first seed."""
-    have: dict[int, set[str]] = {}
-    for run in runs:
-        if run.tokens_per_second is not None:
-            have.setdefault(run.seed, set()).add(run.precision)
-    return [seed for seed, names in have.items() if names >= wanted] or [runs[0].seed]
+def _pairs(runs: Sequence[PrecisionRun], first: str, name: str) -> dict[int, Pair]:
+    """By seed: those that both precisions have whole, or else one of which both have begun."""
+    by_key = {(run.precision, run.seed): run for run in runs}
+    begun = {
+        run.seed: (by_key[first, run.seed], run)
+        for run in runs
+        if run.precision == name and (first, run.seed) in by_key
+    }
+    whole = {seed: pair for seed, pair in begun.items() if all(run.tokens_per_second is not None for run in pair)}
+    return whole or dict(list(begun.items())[:1])
 
 
-def _difference(
-    lines: Mapping[int, Float[np.ndarray, " steps"]], pairs: Sequence[tuple[PrecisionRun, PrecisionRun]]
-) -> Difference:
-    line = np.mean(list(lines.values()), axis=0)
-    by_seed = {seed: float(one.mean()) for seed, one in lines.items()}
-    validated = [_validation_difference(*pair) for pair in pairs]
+def _steps(pairs: Mapping[int, Pair]) -> int:
+    return min(len(run.losses) for pair in pairs.values() for run in pair)
+
+
+def _lines(pairs: Mapping[int, Pair]) -> dict[int, Float[np.ndarray, " steps"]]:
+    """By seed: the relative difference at each step."""
+    steps = _steps(pairs)
+    return {
+        seed: smoothed(other.losses[:steps]) / smoothed(first.losses[:steps]) - 1
+        for seed, (first, other) in pairs.items()
+    }
+
+
+def _curves(any_run: PrecisionRun, pairs: Mapping[str, Mapping[int, Pair]]) -> dict[str, Float[np.ndarray, " steps"]]:
+    """Smoothed losses by precision, mean over the seeds that all of them have; one seed's where there is none."""
+    if not pairs:
+        return {any_run.precision: smoothed(any_run.losses)}
+    shared = set.intersection(*map(set, pairs.values()))
+    shown = {name: {seed: found[seed] for seed in shared or list(found)[:1]} for name, found in pairs.items()}
+    steps = min(map(_steps, shown.values()))
+
+    def mean(found: Mapping[int, Pair], which: int) -> Float[np.ndarray, " steps"]:
+        return np.mean([smoothed(pair[which].losses[:steps]) for pair in found.values()], axis=0)
+
+    others = {name: mean(found, 1) for name, found in shown.items()}
+    return {any_run.precision: mean(next(iter(shown.values())), 0)} | others
+
+
+def _difference(pairs: Mapping[int, Pair]) -> Difference:
+    steps = _steps(pairs)
+    halves = {seed: line[steps // 2 :] for seed, line in _lines(pairs).items()}
+    line = np.mean(list(halves.values()), axis=0)
+    by_seed = {seed: float(one.mean()) for seed, one in halves.items()}
+    validated = [_validation_difference(*pair) for pair in pairs.values()]
     several = len(by_seed) > 1
     return Difference(
+        steps=steps,
         max=float(np.abs(line).max()),
         mean=float(np.abs(line).mean()),
         signed_mean=float(line.mean()),

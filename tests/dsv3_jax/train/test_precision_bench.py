@@ -77,20 +77,22 @@ def test_what_a_stopped_comparison_has_is_there(tmp_path):
     whole = PrecisionRun("bf16", 0, [4.0, 3.0, 2.0, 1.0], {"bf16": 2.5}, 10.0)
     write_comparison(tmp_path, "tiny", 1, {}, [whole, PrecisionRun("fp8", 0, [4.0, 3.5], {}, None)])
     written = json.loads((tmp_path / "precision.json").read_text())
-    assert written["steps"] == 2
+    assert written["differences"]["fp8"]["steps"] == 2
     assert written["differences"]["fp8"]["max"] > 0
     assert (tmp_path / "precision.png").exists()
 
 
-def test_a_seed_counts_once_all_its_runs_are_whole(tmp_path):
+def test_a_seed_counts_once_both_its_runs_are_whole_whatever_other_precisions_have(tmp_path):
     def made(precision, seed, losses, rate=10.0):
         return PrecisionRun(precision, seed, losses, {}, rate)
 
     runs = [made("bf16", 0, [2.0] * 4), made("bf16", 1, [2.0] * 4), made("fp8", 0, [2.2] * 4)]
-    for more in ([], [made("fp8", 1, [9.0] * 4, None)], [made("again", 1, [9.0] * 4)]):
+    for more in ([], [made("fp8", 1, [9.0] * 4, None)], [made("again", 1, [2.1] * 3)], [made("fp8", 2, [9.0] * 4)]):
         found = write_comparison(tmp_path, "tiny", 1, {}, runs + more).differences
-        assert set(found) == {"fp8"}
-        assert found["fp8"].by_seed == {0: pytest.approx(0.1)}
+        assert found.pop("fp8").by_seed == {0: pytest.approx(0.1)}
+        assert {name: one.by_seed for name, one in found.items()} == (
+            {"again": {1: pytest.approx(0.05)}} if more and more[0].precision == "again" else {}
+        )
 
 
 def test_a_comparison_is_resumed_where_runs_are_missing(far, tmp_path):
