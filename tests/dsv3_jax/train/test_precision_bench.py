@@ -95,6 +95,24 @@ def test_a_seed_counts_once_both_its_runs_are_whole_whatever_other_precisions_ha
         )
 
 
+def test_a_run_that_ended_is_kept_whatever_happens_to_the_next(far, tmp_path, monkeypatch):
+    made = precision_bench._Trainer.run
+
+    def stopped(trainer, name, seed):
+        if (name, seed) == ("fp8", 1):
+            raise KeyboardInterrupt
+        return made(trainer, name, seed)
+
+    monkeypatch.setattr(precision_bench._Trainer, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compare_precisions(load_config("tiny"), tmp_path, seeds=[0, 1])
+    written = json.loads((tmp_path / "precision.json").read_text())
+    assert [(run["precision"], run["seed"]) for run in written["runs"]] == [("bf16", 0), ("bf16", 1), ("fp8", 0)]
+    monkeypatch.setattr(precision_bench._Trainer, "run", made)
+    compare_precisions(load_config("tiny"), tmp_path, seeds=[0, 1], resume=True)
+    assert [(name, seed) for name, seed, *_ in far["asked"]][3:] == [("fp8", 1)]
+
+
 def test_a_comparison_is_resumed_where_runs_are_missing(far, tmp_path):
     config = load_config("tiny")
     compare_precisions(config, tmp_path, seeds=[0])
