@@ -16,7 +16,7 @@ EMA = 0.9
 """Coefficient of the average that losses are smoothed by before they are compared."""
 
 LIMIT = 0.0025
-"""Largest relative difference that FP8 training shall show."""
+"""Largest relative difference that FP8 training shall show, in every pair of runs."""
 
 FILE = "precision.json"
 
@@ -37,6 +37,17 @@ class PrecisionRun:
 
 
 @dataclasses.dataclass(frozen=True)
+class PairDifference:
+    """One seed's: relative difference of smoothed losses over the last half of the steps."""
+
+    max: float
+    """Largest magnitude."""
+    signed_mean: float
+    beyond: int
+    """Steps of that half at which the magnitude is above :data:`LIMIT`."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Difference:
     """How far one precision's smoothed losses lie from the first's over the last half of the steps, relative to them.
 
@@ -51,8 +62,8 @@ class Difference:
     mean: float
     """Mean of the magnitude."""
     signed_mean: float
-    by_seed: dict[int, float]
-    """``signed_mean`` of each seed alone."""
+    by_seed: dict[int, PairDifference]
+    """Of each seed alone."""
     standard_error: float | None
     """Of ``signed_mean``, from the spread of the seeds; None with one."""
     validation: float | None
@@ -168,16 +179,21 @@ def _difference(pairs: Mapping[int, Pair]) -> Difference:
     steps = _steps(pairs)
     halves = {seed: line[steps // 2 :] for seed, line in _lines(pairs).items()}
     line = np.mean(list(halves.values()), axis=0)
-    by_seed = {seed: float(one.mean()) for seed, one in halves.items()}
+    by_seed = {
+        seed: PairDifference(
+            max=float(np.abs(one).max()), signed_mean=float(one.mean()), beyond=int((np.abs(one) > LIMIT).sum())
+        )
+        for seed, one in halves.items()
+    }
+    means = [pair.signed_mean for pair in by_seed.values()]
     validated = [_validation_difference(*pair) for pair in pairs.values()]
-    several = len(by_seed) > 1
     return Difference(
         steps=steps,
         max=float(np.abs(line).max()),
         mean=float(np.abs(line).mean()),
         signed_mean=float(line.mean()),
         by_seed=by_seed,
-        standard_error=float(np.std(list(by_seed.values()), ddof=1) / len(by_seed) ** 0.5) if several else None,
+        standard_error=float(np.std(means, ddof=1) / len(means) ** 0.5) if len(means) > 1 else None,
         validation=None if None in validated else float(np.mean(np.array(validated, float))),
     )
 

@@ -59,7 +59,10 @@ def test_differences_are_averaged_over_seeds(far, tmp_path):
         for seed in (3, 5)
     }
     found = compare_precisions(load_config("tiny"), tmp_path, seeds=[3, 5]).differences["fp8"]
-    assert found.by_seed == {seed: one.signed_mean for seed, one in alone.items()}
+    assert found.by_seed == {seed: one.by_seed[seed] for seed, one in alone.items()}
+    assert {seed: (pair.max, pair.signed_mean) for seed, pair in found.by_seed.items()} == {
+        seed: (one.max, one.signed_mean) for seed, one in alone.items()
+    }
     assert found.signed_mean == pytest.approx((alone[3].signed_mean + alone[5].signed_mean) / 2)
     assert found.max == pytest.approx((alone[3].max - alone[5].max) / 2), "opposite differences at the same step"
     assert found.standard_error == pytest.approx((alone[3].signed_mean - alone[5].signed_mean) / 2)
@@ -89,10 +92,9 @@ def test_a_seed_counts_once_both_its_runs_are_whole_whatever_other_precisions_ha
     runs = [made("bf16", 0, [2.0] * 4), made("bf16", 1, [2.0] * 4), made("fp8", 0, [2.2] * 4)]
     for more in ([], [made("fp8", 1, [9.0] * 4, None)], [made("again", 1, [2.1] * 3)], [made("fp8", 2, [9.0] * 4)]):
         found = write_comparison(tmp_path, "tiny", 1, {}, runs + more).differences
-        assert found.pop("fp8").by_seed == {0: pytest.approx(0.1)}
-        assert {name: one.by_seed for name, one in found.items()} == (
-            {"again": {1: pytest.approx(0.05)}} if more and more[0].precision == "again" else {}
-        )
+        of_seeds = {name: {seed: pair.max for seed, pair in one.by_seed.items()} for name, one in found.items()}
+        assert of_seeds.pop("fp8") == {0: pytest.approx(0.1)}
+        assert of_seeds == ({"again": {1: pytest.approx(0.05)}} if more and more[0].precision == "again" else {})
 
 
 def test_a_run_that_ended_is_kept_whatever_happens_to_the_next(far, tmp_path, monkeypatch):
@@ -154,7 +156,18 @@ def test_real_runs_of_a_seed_are_the_same_alone_and_after_another(tmp_path):
 def test_the_command_fails_where_fp8_is_farther_than_the_papers_quarter_percent(far, tmp_path, capsys, share, status):
     far["fp8"] = share
     assert bench.run(["precision", "tiny", "--out", str(tmp_path)]) == status
-    assert "fp8 against bf16, EMA(0.9), last half of 40 steps: max 0." in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "fp8 against bf16, EMA(0.9), last half of 40 steps: max 0." in told
+    # Losses rise by one percent at step 30; their average takes three steps more to pass a quarter of it.
+    assert f"beyond 0.25% at {0 if status == 0 else 7} of 20 steps" in told
+
+
+def test_the_command_fails_where_one_pair_is_too_far_though_their_mean_is_not(far, tmp_path, capsys):
+    far["fp8", 0], far["fp8", 1] = 0.01, -0.01
+    assert bench.run(["precision", "tiny", "--out", str(tmp_path), "--seeds", "0,1"]) == 1
+    told = capsys.readouterr().out
+    assert "last half of 40 steps: max 0.0000%" in told
+    assert "  seed 1: max 0.5805%, signed mean -0.1812%, beyond 0.25% at 7 of 20 steps" in told
 
 
 @pytest.mark.parametrize(
