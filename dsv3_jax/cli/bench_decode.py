@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dsv3_jax.cli.compile_cache import keep_compiled
 from dsv3_jax.cli.overrides import parse_config
 from dsv3_jax.config import ConfigError
 
@@ -31,6 +32,8 @@ class Options:
     """How latent attention reads the cache."""
     json: str = ""
     """File that the figures are written to as one JSON object; '-' prints the object alone."""
+    compile_cache: str = ""
+    """Folder that compiled programs are kept in for the next time; empty is one in the user's cache, 'off' none."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -43,6 +46,7 @@ def run(argv: Sequence[str]) -> int:
     from dsv3_jax.inference import EngineOptions
     from dsv3_jax.inference.bench import bench_decode, random_model
 
+    keep_compiled(options.compile_cache)
     dtype = "float32" if config.train.precision == "fp32" else "bfloat16"
     held = EngineOptions(turns=options.turns, drafts=options.drafts, cache_dtype=options.cache_dtype, form=options.form)
     result = bench_decode(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dsv3_jax.cli.compile_cache import keep_compiled
 from dsv3_jax.cli.main import DONE, FAILURE
 from dsv3_jax.cli.overrides import parse_options
 from dsv3_jax.config import ConfigError
@@ -38,6 +39,8 @@ class Options:
     folder."""
     parse_special: bool = False
     """Special tokens spelled in prompts count as such."""
+    compile_cache: str = ""
+    """Folder that compiled programs are kept in for the next time; empty is one in the user's cache, 'off' none."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -50,6 +53,7 @@ def run(argv: Sequence[str]) -> int:
     from dsv3_jax.inference import generate_text
     from dsv3_jax.interop.pretrained import from_pretrained
 
+    keep_compiled(options.compile_cache)
     try:
         model, config, tokenizer = from_pretrained(
             options.checkpoint, step=None if options.step == -1 else options.step, weights=options.weights

@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from dsv3_jax.cli.compile_cache import keep_compiled
 from dsv3_jax.config import ConfigError
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class Loading:
     """What latents are stored in: the type of activations, or FP8."""
     drafts: int = 0
     """Tokens that the MTP module drafts and the model checks in one pass; 0 writes one at a time."""
+    compile_cache: str = ""
+    """Folder that compiled programs are kept in for the next time; empty is one in the user's cache, 'off' none."""
 
 
 class Loaded(NamedTuple):
@@ -54,6 +57,7 @@ def load(options: Loading) -> Loaded | None:
     from dsv3_jax.inference import Engine, EngineOptions
     from dsv3_jax.interop.pretrained import from_pretrained
 
+    keep_compiled(options.compile_cache)
     try:
         model, config, tokenizer = from_pretrained(
             options.checkpoint,

@@ -36,8 +36,8 @@ class Options(Loading):
     max_seconds: float = 600.0
     """How long a request may take."""
     compile_first: bool = False
-    """Compile the programs of every size before the first request is taken, which takes minutes; without it each is
-    compiled when it is first needed."""
+    """Compile the programs of every size before the first request is taken, which takes minutes the first time; without
+    it each is compiled when it is first needed."""
     log: Literal["critical", "error", "warning", "info", "debug"] = "info"
     """What the HTTP server tells on stderr, from that level on."""
 

@@ -1,9 +1,12 @@
 """Where compiled programs are kept, and that commands and tests keep none where they should not."""
 
+import importlib
+
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from dsv3_jax.cli import main
 from dsv3_jax.cli.compile_cache import default_folder, keep_compiled
 
 
@@ -70,3 +73,29 @@ def test_a_folder_that_cannot_be_made_is_told(enabled, tmp_path, capsys):
 def test_off_keeps_nothing(enabled):
     assert keep_compiled("off") is None
     assert not jax.config.jax_enable_compilation_cache
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("train", ["train", "tiny", "--out", "run"]),
+        ("profile", ["profile", "tiny", "--out", "traces"]),
+        ("bench", ["bench", "train", "tiny"]),
+        ("bench_precision", ["bench", "precision", "tiny", "--out", "losses"]),
+        ("bench_decode", ["bench", "decode", "tiny"]),
+        ("generate", ["generate", "--checkpoint", "run"]),
+        ("loading", ["chat", "--checkpoint", "run"]),
+        ("loading", ["serve", "--checkpoint", "run"]),
+    ],
+)
+def test_every_command_that_compiles_for_seconds_keeps_it_where_the_user_says(module, words, monkeypatch, tmp_path):
+    class Asked(Exception):
+        pass
+
+    def keep(folder):
+        raise Asked(folder)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.import_module(f"dsv3_jax.cli.{module}"), "keep_compiled", keep)
+    with pytest.raises(Asked, match=r"^mine$"):
+        main.main([*words, "--compile-cache", "mine"])
