@@ -45,13 +45,18 @@ def whole_shape(shape: Sequence[int], share: PartitionSpec, whole: PartitionSpec
 
 
 def gather(x: Float[Array, "..."], share: PartitionSpec, whole: PartitionSpec, dtype: DTypeLike) -> Float[Array, "..."]:
-    """A weight as the model needs it, from the shares of all devices; it travels as ``dtype`` and keeps its own type.
+    """A weight as the model needs it, from the shares of all devices, in the type ``dtype`` that it travels in.
 
-    Without anything to gather the weight is returned as it is, unrounded.
+    Without anything to gather the weight is returned as it is, unrounded, in its own.
     """
     for dim, axes in _further(share, whole):
-        x = lax.all_gather(x.astype(dtype), axes, axis=dim, tiled=True).astype(x.dtype)
+        x = lax.all_gather(x.astype(dtype), axes, axis=dim, tiled=True)
     return x
+
+
+def wide(weights: Any) -> Any:
+    """A tree of weights in float32, for gradients in it; where a product narrows them again, XLA does neither."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
 
 
 def quantize(

@@ -205,7 +205,8 @@ def _plan(config: Config, sizes: dict[str, int], work: Work, micro_batches: int,
     # One share of it travels down; one has come up and one is coming.
     share = average // train.ema_every
     host = {"EMA": average, "a share of it on its way": share}
-    step = {"gathered weights": _held(weights, sizes), "EMA: copied parameters, two shares": average + 2 * share}
+    held = _held(weights, narrow=sizes["pipe"] > 1 or train.unroll)
+    step = {"gathered weights": held, "EMA: copied parameters, two shares": average + 2 * share}
     if sizes["pipe"] > 1:
         ticks = carried_by_ticks(config, work, stages, weights.whole)
         ticks |= pass_at_work(config, work)
@@ -246,7 +247,7 @@ def _plan(config: Config, sizes: dict[str, int], work: Work, micro_batches: int,
             # The first layer's products are the last to read the stack's casts.
             (late if again else {}) | {name: all_but_one} | kept_by_one | layer,
             (late if again else {}) | {name: 4 * weights.whole},
-            (late | carried if again else {}) | update,
+            (late if again else {}) | update,
             key=size_of,
         )
         first = ("gathered weights", "EMA: copied parameters, two shares", "gradients", "weights, cast")
@@ -277,8 +278,7 @@ def _far_back(config: Config, work: Work, whole: int, kept: dict[str, Tensors], 
     return _activations(kept, moe, dense), 4 * (whole - to_come)
 
 
-def _held(weights: _Weights, sizes: dict[str, int]) -> int:
-    """Weights travel in the products' type; the unpipelined step widens them again on arrival, for the sake of
-    gradients in float32."""
-    wide = 4 if sizes["pipe"] == 1 else 2
-    return 4 * weights.gathered.get("fp32", 0) + wide * weights.gathered.get("bf16", 0)
+def _held(weights: _Weights, *, narrow: bool) -> int:
+    """Weights travel in the products' type and stay so, but for those that a loop over layers reads: it takes stacks in
+    float32, for the sake of gradients in it."""
+    return 4 * weights.gathered.get("fp32", 0) + (2 if narrow else 4) * weights.gathered.get("bf16", 0)

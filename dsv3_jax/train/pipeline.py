@@ -29,9 +29,10 @@ from sharding.pipeline.executor import execute, plan_of
 from sharding.pipeline.partition import Partition
 from sharding.pipeline.schedule import make_schedule
 from sharding.pipeline.split import in_parts
-from sharding.pipeline.stack import Stack, put, ring, take, wide
+from sharding.pipeline.stack import Stack, put, ring, take
 from sharding.pipeline.table import Col, Table, table
 from sharding.pipeline.walk import Pass, when
+from sharding.zero import wide
 
 _Memory = dict[str, Any]
 

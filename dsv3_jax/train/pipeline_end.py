@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import Config
 from dsv3_jax.model import DeepSeekV3, Tree
 from dsv3_jax.train.loss import Losses, balance_of, cross_entropy_gradients, head_targets, total_balance
-from sharding.pipeline.stack import wide
+from sharding.zero import wide
 
 _LARGE = ("embedding", "head")
 

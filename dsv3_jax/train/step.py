@@ -25,6 +25,7 @@ from dsv3_jax.train.pipeline import Pipeline, Weights, step_table
 from dsv3_jax.train.state import TrainState, abstract_state, config_layout, config_mesh, graph_of, placed_model
 from sharding.mesh import AXES, BATCH_AXES
 from sharding.pipeline.ahead import forward_table
+from sharding.zero import wide
 
 Metrics = dict[str, Any]
 _ROWS = P(None, BATCH_AXES)
@@ -227,13 +228,16 @@ class TrainStep:
             rows, ticks = scalars.table
             return self._pipeline.gradients(weights, tokens_ABT, rows, ticks, weighed)
 
+        # A loop over layers reads stacks in float32, whole: made once for all micro-batches. Else they stay narrow.
+        params = params if config.train.unroll else wide(params)
+
         def loss(params: Tree, tokens_BT: jax.Array) -> tuple[jax.Array, Losses]:
             model = merge_model(self._graph, fp8.attach(params, codes), router_bias)
             losses = training_loss(model, tokens_BT, config, **weighed)
             return losses.total, losses
 
         def micro_batch(tokens_BT: jax.Array) -> tuple[Tree, Losses]:
-            grads, losses = jax.grad(loss, has_aux=True)(params, tokens_BT)
+            grads, losses = jax.grad(loss, has_aux=True)(wide(params), tokens_BT)
             return grads, losses
 
         if tokens_ABT.shape[0] == 1:
@@ -322,7 +326,7 @@ class EvalStep:
         params, codes = self._layout.gather(params)
         if self._pipeline is not None:
             return lax.psum(self._pipeline.nats(Weights(params, codes, router_bias), tokens_ABT), AXES)
-        model: DeepSeekV3 = merge_model(self._graph, fp8.attach(params, codes), router_bias)
+        model: DeepSeekV3 = merge_model(self._graph, fp8.attach(wide(params), codes), router_bias)
         tokens = jnp.maximum(tokens_ABT[0], 0)
         hidden, _, _ = model.trunk(tokens[:, :-1], dtype=activation_dtype(self.config.train.precision))
         hidden = model.final_norm(hidden).reshape(-1, self.config.model.hidden_size)

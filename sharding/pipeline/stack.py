@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool
 
 from sharding.pipeline.split import Layer
 from sharding.pipeline.walk import Apart, Loop, Number, Pass
+from sharding.zero import wide
 
 
 class Stack:
@@ -119,11 +120,6 @@ class Stack:
         saved = take(memory["kept"], back.slot, i) if saved is None else saved
         dx, dw = self._layer.backward(*self._of(back.first + i), saved, (dy, self._d_cost))
         return memory | {"grads": add(memory["grads"], dw, back.first + i)}, dx
-
-
-def wide(weights: Any) -> Any:
-    """Weights in float32; where a product narrows them again, XLA does neither."""
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
 
 
 def ring(lead: tuple[int, ...], shape: Any) -> Array:

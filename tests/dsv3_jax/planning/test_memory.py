@@ -373,6 +373,25 @@ def test_peaks_of_an_h200_are_within_four_percent(precision, remat, sequences, p
     assert plan_memory(config).total / 2**30 == pytest.approx(peak, rel=0.04)
 
 
+@pytest.mark.parametrize(
+    ("precision", "unroll", "mesh", "sequences", "total"),
+    [
+        ("bf16", True, {"data": 2}, 8, 44.75),
+        ("bf16", True, {"data": 2}, 16, 60.00),
+        ("bf16", False, {"data": 2}, 16, 77.91),
+        ("fp8", True, {"data": 2}, 16, 54.24),
+        ("bf16", True, {"expert": 2, "data": 4}, 32, 39.80),
+        ("bf16", True, {"expert": 2, "data": 4}, 64, 48.80),
+    ],
+)
+def test_shares_and_several_micro_batches_are_within_four_percent(precision, unroll, mesh, sequences, total):
+    """GB a device of ``bench_3b``, 4 sequences a micro-batch: what XLA allocates for H200s (``dsv3 plan compile``)."""
+    train = {"precision": precision, "unroll": unroll, "batch_size": sequences}
+    config = load_config("bench_3b", {"mesh": mesh, "train": train})
+    assert config.train.micro_batch_size == 4
+    assert plan_memory(config).total / 1e9 == pytest.approx(total, rel=0.04)
+
+
 def test_unrolled_layers_have_gradients_in_place_of_activations():
     tree = {"model": micro.V3, "train": {"precision": "bf16", "remat": "paper", "seq_len": 256}}
     looped, unrolled = (
