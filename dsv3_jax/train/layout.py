@@ -82,8 +82,9 @@ class Layout:
     def gather(self, params: Tree) -> tuple[Tree, dict[str, Weight]]:
         """Inside ``shard_map``: the weights that the model's code needs, from every device's share.
 
-        Of FP8 products it needs the codes, which are given by path and travel in place of the masters: in the tree,
-        zeros stand for those that are not whole on every device.
+        Those that travelled keep the type they travelled in (:func:`sharding.zero.wide`). Of FP8 products it needs the
+        codes, which are given by path and travel in place of the masters: in the tree, zeros stand for those that are
+        not whole on every device.
         """
         with jax.named_scope("quantize"):
             codes = fp8.quantize_weights(params, self._codes) if self._fp8 else {}
