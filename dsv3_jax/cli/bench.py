@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsv3_jax.cli.compile_cache import keep_compiled
+from dsv3_jax.cli.compile_cache import Kept, keep_compiled
 from dsv3_jax.cli.overrides import parse_config
 from dsv3_jax.config import ConfigError
 from sharding.flags import apply_gpu_flags
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Kept):
     """Options of ``dsv3 bench train``."""
 
     steps: int = 12
@@ -28,8 +28,6 @@ class Options:
     json: str = ""
     """File that the figures, with a profiled step's longest operations, are written to as one JSON object, first
     before steps are profiled; '-' prints the object alone."""
-    compile_cache: str = ""
-    """Folder that compiled programs are kept in for the next time; empty is one in the user's cache, 'off' none."""
 
 
 def run(argv: Sequence[str]) -> int:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dsv3_jax.cli.compile_cache import keep_compiled
+from dsv3_jax.cli.compile_cache import Kept, keep_compiled
 from dsv3_jax.cli.overrides import parse_config
 from dsv3_jax.config import ConfigError
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Kept):
     """Options of ``dsv3 bench decode``."""
 
     batch: int = 32
@@ -32,8 +32,6 @@ class Options:
     """How latent attention reads the cache."""
     json: str = ""
     """File that the figures are written to as one JSON object; '-' prints the object alone."""
-    compile_cache: str = ""
-    """Folder that compiled programs are kept in for the next time; empty is one in the user's cache, 'off' none."""
 
 
 def run(argv: Sequence[str]) -> int:

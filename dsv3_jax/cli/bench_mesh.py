@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from dsv3_jax.cli.compile_cache import Kept
 from dsv3_jax.cli.overrides import parse_config
 from dsv3_jax.config import Config, ConfigError, to_toml
 from sharding.flags import apply_gpu_flags
@@ -26,7 +27,7 @@ SHORTEST = 20.0
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Kept):
     """Options of ``dsv3 bench mesh``."""
 
     gpus: int = 0
@@ -55,8 +56,6 @@ class Options:
     ahead: bool = False
     """Compile the rows' programs before the first one runs, as many at one time as there are devices, each choosing its
     kernels on another one. Needs compiled programs to be kept."""
-    compile_cache: str = ""
-    """Folder that compiled programs are kept in for the next time; empty is one in the user's cache, 'off' none."""
 
 
 def run(argv: Sequence[str]) -> int:

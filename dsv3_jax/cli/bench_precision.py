@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from dsv3_jax.cli.compile_cache import keep_compiled
+from dsv3_jax.cli.compile_cache import Kept, keep_compiled
 from dsv3_jax.cli.overrides import parse_config
 from dsv3_jax.config import ConfigError, TrainConfig
 from sharding.flags import apply_gpu_flags
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Kept):
     """Options of ``dsv3 bench precision``."""
 
     out: str = ""
@@ -26,8 +26,6 @@ class Options:
     them. Its own alone where none is given."""
     resume: bool = False
     """Keep the finished runs of OUT/precision.json."""
-    compile_cache: str = ""
-    """Folder that compiled programs are kept in for the next time; empty is one in the user's cache, 'off' none."""
 
 
 def run(argv: Sequence[str]) -> int:

@@ -5,9 +5,18 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 OFF = "off"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What the options of every command that compiles for seconds have in common."""
+
+    compile_cache: str = ""
+    """Folder that compiled programs are kept in for the next time; empty is one in the user's cache, 'off' none."""
 
 
 def keep_compiled(folder: str) -> Path | None:

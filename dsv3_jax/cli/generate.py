@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dsv3_jax.cli.compile_cache import keep_compiled
+from dsv3_jax.cli.compile_cache import Kept, keep_compiled
 from dsv3_jax.cli.main import DONE, FAILURE
 from dsv3_jax.cli.overrides import parse_options
 from dsv3_jax.config import ConfigError
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Kept):
     """Options of ``dsv3 generate``."""
 
     checkpoint: str
@@ -39,8 +39,6 @@ class Options:
     folder."""
     parse_special: bool = False
     """Special tokens spelled in prompts count as such."""
-    compile_cache: str = ""
-    """Folder that compiled programs are kept in for the next time; empty is one in the user's cache, 'off' none."""
 
 
 def run(argv: Sequence[str]) -> int:

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from dsv3_jax.cli.compile_cache import keep_compiled
+from dsv3_jax.cli.compile_cache import Kept, keep_compiled
 from dsv3_jax.config import ConfigError
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Loading:
+class Loading(Kept):
     """Which weights, and how much the engine holds and computes at a time."""
 
     checkpoint: str
@@ -35,8 +35,6 @@ class Loading:
     """What latents are stored in: the type of activations, or FP8."""
     drafts: int = 0
     """Tokens that the MTP module drafts and the model checks in one pass; 0 writes one at a time."""
-    compile_cache: str = ""
-    """Folder that compiled programs are kept in for the next time; empty is one in the user's cache, 'off' none."""
 
 
 class Loaded(NamedTuple):

@@ -6,22 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv3_jax.cli.compile_cache import keep_compiled
+from dsv3_jax.cli.compile_cache import Kept, keep_compiled
 from dsv3_jax.cli.overrides import parse_config
 from dsv3_jax.config import ConfigError
 from sharding.flags import apply_gpu_flags
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Kept):
     """Options of ``dsv3 profile``."""
 
     out: str = ""
     """Folder that the trace is written to."""
     steps: int = 3
     """Steps that are recorded, after two more."""
-    compile_cache: str = ""
-    """Folder that compiled programs are kept in for the next time; empty is one in the user's cache, 'off' none."""
 
 
 def run(argv: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from dsv3_jax.cli.compile_cache import keep_compiled
+from dsv3_jax.cli.compile_cache import Kept, keep_compiled
 from dsv3_jax.cli.overrides import parse_config
 from dsv3_jax.config import ConfigError
 from sharding.flags import apply_gpu_flags
@@ -16,13 +16,11 @@ _MISTAKE = 2
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Kept):
     """Options of ``dsv3 train``."""
 
     out: str = ""
     """Run folder, made if it is not there; a run that is already in it goes on from its newest checkpoint."""
-    compile_cache: str = ""
-    """Folder that compiled programs are kept in for the next time; empty is one in the user's cache, 'off' none."""
     launch: Launch = field(default_factory=Launch)
     """The other processes of the run, where there are any."""
 

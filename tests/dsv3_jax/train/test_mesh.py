@@ -86,3 +86,26 @@ def test_what_the_optimizer_needs_is_shared_out():
 
 def _pairs(tree, places):
     return zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
+
+
+def _loops(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "while":
+            yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
+                    yield from _loops(inner)
+
+
+@pytest.mark.parametrize(("unroll", "narrow"), [(True, 36000), (False, 0)])
+def test_micro_batches_read_gathered_weights_in_the_type_they_travelled_in(unroll, narrow):
+    train = {"precision": "bf16", "unroll": unroll, "micro_batch_size": 1, "batch_size": 16}
+    step = make_train_step(micro.config(train=train, mesh={"expert": 2, "data": 4}))
+    traced = step.jitted.trace(*step.abstract_arguments()).jaxpr.jaxpr
+    loop = max(_loops(traced), key=lambda equation: len(equation.invars))
+    first = loop.params["cond_nconsts"]
+    read = [x.aval for x in loop.invars[first : first + loop.params["body_nconsts"]]]
+    numbers = {kind: sum(x.size for x in read if x.dtype == kind) for kind in ("bfloat16", "float32")}
+    assert numbers["bfloat16"] == narrow
+    assert sum(numbers.values()) == 37335, "norms, routers and their biases beside"
