@@ -65,6 +65,7 @@ def describe_program(config: Config, options: Options) -> dict[str, Any]:
         "planned_temporaries": plan.temporaries,
         "planned_total": plan.total,
         "device": device,
+        "device_share": options.device_share,
         "fits": ahead.total <= device * options.device_share,
         "instructions": len(parse_hlo(ahead.text)),
         "lower_seconds": round(ahead.lower_seconds, 1),
@@ -82,7 +83,8 @@ def as_text(facts: dict[str, Any]) -> str:
         lines.append(f"{told:<24}{facts[name] / 1e9:>10.3f}{facts[f'planned_{name}'] / 1e9:>10.3f}")
     verdict = "fits" if facts["fits"] else "does not fit"
     lines += [
-        f"{verdict} a device of {facts['device'] / 1e9:,.1f} GB",
+        f"{verdict} the {facts['device'] * facts['device_share'] / 1e9:,.1f} GB that JAX takes of a device of "
+        f"{facts['device'] / 1e9:,.1f} GB (--device-share {facts['device_share']:g})",
         f"{facts['instructions']:,} instructions; lowered in {facts['lower_seconds']} s, compiled in "
         f"{facts['compile_seconds']} s",
     ]

@@ -25,7 +25,7 @@ from dsv3_jax.config.schema import (
     TrainConfig,
     replace,
 )
-from dsv3_jax.config.supported import supported
+from dsv3_jax.config.supported import schedulable, supported
 from dsv3_jax.config.validate import validate, validate_model
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "preset_folder",
     "preset_names",
     "replace",
+    "schedulable",
     "supported",
     "to_toml",
     "validate",

@@ -149,8 +149,9 @@ class DataConfig:
     split_rate: float = 0.1
     """Share of tokens joining punctuation and line breaks that are split (spec 9.3; share UNCONFIRMED)."""
     pack_window: int = 256
-    """Documents tokenized and packed together by best fit. The first row waits for all of them: with documents as long
-    as books choose fewer."""
+    """Documents tokenized and packed together by best fit. Rows that hold many documents need many to stay full: places
+    left empty are not learned, but are routed and counted as tokens are. The first row waits for all of them: with
+    documents as long as books choose fewer."""
     shards: int = 1
     """Parts that the train split is dealt into; row k of the stream is the next of part k mod ``shards``. Part of the
     order of rows, so the same for any number of processes, which must divide it."""
@@ -175,7 +176,7 @@ class TrainConfig:
     batch_size: int = 16
     """Sequences an optimizer step sees on all devices together."""
     batch_ramp: Schedule = ()
-    """Sequences a step over consumed tokens, up to ``batch_size``; empty is constant."""
+    """Sequences a step over consumed tokens, up to ``batch_size``, in whole micro-batches; empty is constant."""
     micro_batch_size: int = 0
     """Sequences of one forward and backward pass on one device; 0 takes all of the device's at once."""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"

@@ -60,14 +60,20 @@ def _stages(mesh: MeshConfig, train: TrainConfig, model: ModelConfig) -> Iterato
         yield f"mesh.waiting = {mesh.waiting} must be -1 (as many weight gradients as the schedule puts off), 0 or more"
     if mesh.lag not in (1, 2):
         yield f"mesh.lag = {mesh.lag} must be 1 (messages travel between ticks) or 2 (beside the next tick)"
-    if schedule not in ("dualpipe", "dualpipev"):
-        return
     lane = mesh.expert * mesh.data * train.micro_batch_size
     micro_batches = train.batch_size // lane if lane else 1
     counted = f"{micro_batches} (train.batch_size over mesh.expert x mesh.data x train.micro_batch_size)"
     if schedule == "dualpipe" and ranks % 2:
         yield f"mesh.schedule = 'dualpipe' needs an even mesh.pipe, not {ranks}: micro-batches enter at both ends"
-    if micro_batches < 2 * ranks:
-        yield f"mesh.schedule = {schedule!r} on {ranks} ranks needs {2 * ranks} micro-batches at least, not {counted}"
-    if schedule == "dualpipe" and micro_batches % 2:
-        yield f"mesh.schedule = 'dualpipe' needs an even number of micro-batches, not {counted}"
+    fewest, divisor = schedulable(mesh)
+    if micro_batches < fewest:
+        yield f"mesh.schedule = {schedule!r} on {ranks} ranks needs {fewest} micro-batches at least, not {counted}"
+    if micro_batches % divisor:
+        yield f"mesh.schedule = {schedule!r} needs an even number of micro-batches, not {counted}"
+
+
+def schedulable(mesh: MeshConfig) -> tuple[int, int]:
+    """How many micro-batches a step needs at least, and what must divide their number (spec 13.1)."""
+    if mesh.pipe == 1 or mesh.schedule not in ("dualpipe", "dualpipev"):
+        return 1, 1
+    return 2 * mesh.pipe, 2 if mesh.schedule == "dualpipe" else 1

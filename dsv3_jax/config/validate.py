@@ -176,6 +176,11 @@ def _validate_train(config: Config) -> None:
             piece.value <= train.batch_size,
             f"train.batch_ramp[{i}].value = {piece.value:g} must be at most train.batch_size = {train.batch_size}",
         )
+    _require(
+        not train.batch_ramp or train.micro_batch_size > 0,
+        f"train.micro_batch_size = {train.micro_batch_size} must be greater than 0 with train.batch_ramp: a ramp adds "
+        "micro-batches of one size",
+    )
 
 
 def _validate_optim(config: Config) -> None:

@@ -223,7 +223,7 @@ def end_losses(
         for state, (labels, weights) in zip(hidden, head_targets(tokens_or_pad, label_total, len(hidden)), strict=True)
     )
     mtp = sum(others, jnp.zeros((), jnp.float32)) / max(len(others), 1)
-    balance_total, counts = total_balance(states.aux, tokens.shape[0] / sequence_total)
+    balance_total, counts = total_balance(states.aux, tokens.shape[0] / sequence_total, len(others), mtp_weight)
     return Losses(main + mtp_weight * mtp + balance_total, main, mtp, balance_total, counts)
 
 
@@ -235,8 +235,15 @@ def head_targets(
     return [(labels[:, depth + 1 :], weights[:, depth:]) for depth in range(heads)]
 
 
-def total_balance(aux: MoEAux | None, share: Float[Array, ""]) -> tuple[Float[Array, ""], Int[Array, "L E"] | None]:
-    """``share`` of the balance losses of all routers, and their counts; 0 and None where nothing routes."""
+def total_balance(
+    aux: MoEAux | None, share: Float[Array, ""], mtp_depths: int, mtp_weight: Float[Array, ""]
+) -> tuple[Float[Array, ""], Int[Array, "L E"] | None]:
+    """``share`` of the balance losses of all routers, and their counts; 0 and None where nothing routes.
+
+    MTP's routers, the last ``mtp_depths``, add nothing while lambda is 0: MTP is off then (spec 28, property 21).
+    """
     if aux is None:
         return jnp.zeros((), jnp.float32), None
-    return jnp.sum(aux.balance_loss) * share, aux.counts
+    routers = aux.balance_loss.shape[0]
+    on = (jnp.arange(routers) < routers - mtp_depths) | (mtp_weight != 0)
+    return jnp.sum(jnp.where(on, aux.balance_loss, 0.0)) * share, aux.counts

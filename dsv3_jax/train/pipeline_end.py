@@ -54,7 +54,7 @@ def add_end_gradients(
         states = model_of(large | small).ending(
             raw, ids, balance=balance_of(config), remat=config.train.remat, embedded=embedded
         )
-        balance, counts = total_balance(states.aux, tokens.shape[0] / sequence_total)
+        balance, counts = total_balance(states.aux, tokens.shape[0] / sequence_total, len(embedded), mtp_weight)
         return ([states.main, *states.mtp], balance), counts
 
     (states, balance), back, counts = jax.vjp(states_of, small, raw, embedded, has_aux=True)

@@ -6,7 +6,7 @@ Consumed tokens are those before the step at hand: the first step sees 0. Only t
 import functools
 import math
 
-from dsv3_jax.config import Config, ConfigError, Schedule
+from dsv3_jax.config import Config, ConfigError, Schedule, schedulable
 
 
 def value_at(schedule: Schedule, tokens: int | float, *, total: int | float | None = None) -> float:
@@ -67,15 +67,30 @@ def bias_update_speed(config: Config, tokens: int) -> float:
 def batch_size(config: Config, tokens: int) -> int:
     """Sequences of the step that follows ``tokens`` consumed tokens.
 
-    The ramp is rounded to the nearest multiple of ``mesh.expert * mesh.data * micro_batch_size`` (the published
-    increments are UNCONFIRMED, spec 8.1), at least one multiple and at most ``train.batch_size``.
+    The ramp is rounded to the nearest whole number of micro-batches that the mesh's schedule can run (the published
+    increments are UNCONFIRMED, spec 8.1), at most ``train.batch_size``; :func:`ramp_note` tells where it begins higher.
     """
     train = config.train
     if not train.batch_ramp:
         return train.batch_size
-    unit = config.mesh.expert * config.mesh.data * (train.micro_batch_size or 1)
+    lane = config.mesh.expert * config.mesh.data * train.micro_batch_size
+    fewest, divisor = schedulable(config.mesh)
+    unit = lane * divisor
     wanted = value_at(train.batch_ramp, tokens)
-    return min(train.batch_size, max(unit, unit * math.floor(wanted / unit + 0.5)))
+    return min(train.batch_size, max(lane * fewest, unit * math.floor(wanted / unit + 0.5)))
+
+
+def ramp_note(config: Config) -> str | None:
+    """One line where the batch-size ramp begins with more sequences than it says; None elsewhere."""
+    first = batch_size(config, 0)
+    if not config.train.batch_ramp or first <= (said := value_at(config.train.batch_ramp, 0)):
+        return None
+    mesh, micro = config.mesh, config.train.micro_batch_size
+    count = first // (mesh.expert * mesh.data * micro)
+    return (
+        f"train.batch_ramp says {said:g} sequences at first; steps begin with {first}: mesh.schedule = "
+        f"{mesh.schedule!r} on {mesh.pipe} ranks, {count} micro-batches of {micro} on {mesh.expert * mesh.data} devices"
+    )
 
 
 @functools.lru_cache(maxsize=16)
@@ -87,9 +102,11 @@ def _length(config: Config) -> tuple[int, int]:
     step_limit = train.steps or math.inf
     token_limit = train.tokens or math.inf
     ramp = train.batch_ramp
-    while len(ramp) > 1 and ramp[-1].shape == "constant":
+    while len(ramp) > 1 and ramp[-1].shape == "constant" and ramp[-1].value == ramp[-2].value:
         ramp = ramp[:-1]
-    ramp_end = ramp[-1].until if len(ramp) > 1 or (ramp and ramp != train.batch_ramp) else -1.0
+    if ramp and ramp[-1].shape == "constant":
+        ramp = ramp[:-1]
+    ramp_end = ramp[-1].until if ramp else -1.0
     steps = tokens = 0
     while tokens <= ramp_end and steps < step_limit and tokens < token_limit:
         tokens += batch_size(config, tokens) * train.seq_len

@@ -139,6 +139,8 @@ def train(
         shown = console if primary else Console(quiet=True)
         for line in changes:
             shown.print(f"changed since the run began: {line}", highlight=False, soft_wrap=True)
+        if note := schedule.ramp_note(config):
+            shown.print(note, highlight=False, soft_wrap=True)
         session = _Session(config, out, shown, stop, total, peers)
         return session.run(min(total, stop_after or total))
 

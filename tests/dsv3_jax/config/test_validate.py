@@ -73,6 +73,11 @@ def test_an_architecture_that_cannot_be_is_refused(changes, expected):
             {"train": {"batch_ramp": 64}},
             "train.batch_ramp[0].value = 64 must be at most train.batch_size = 16",
         ),
+        (
+            {"train": {"batch_ramp": 8}},
+            "train.micro_batch_size = 0 must be greater than 0 with train.batch_ramp: a ramp adds micro-batches of one "
+            "size",
+        ),
         ({"optim": {"learning_rate": 0.0}}, "optim.learning_rate = 0.0 must be greater than 0"),
         ({"optim": {"beta2": 1.0}}, "optim.beta2 = 1.0 must be at least 0 and less than 1"),
         (
@@ -149,7 +154,7 @@ def test_a_dense_model_needs_no_sensible_expert_fields():
 
 def test_a_ramp_starts_where_its_first_piece_says():
     ramp = [{"until": 0, "value": 8}, {"until": 1e6, "value": 16, "shape": "linear"}]
-    config = load_config("tiny", {"train": {"batch_ramp": ramp}})
+    config = load_config("tiny", {"train": {"batch_ramp": ramp, "micro_batch_size": 4}})
     assert config.train.batch_ramp == (Segment(0.0, 8.0), Segment(1e6, 16.0, "linear"))
 
 

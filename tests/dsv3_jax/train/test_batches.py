@@ -69,7 +69,7 @@ def test_what_goes_on_from_a_position_gets_the_following_rows(step):
 def test_batches_ahead_follow_the_batch_ramp():
     tokens = 4 * CONFIG.train.seq_len
     ramp = (Segment(1.0 * tokens, 4.0), Segment(9.0 * tokens, 8.0))
-    config = replace(CONFIG, train={"batch_size": 8, "batch_ramp": ramp})
+    config = replace(CONFIG, train={"batch_size": 8, "batch_ramp": ramp, "micro_batch_size": 2})
     found = walk(config, make_train_step(config), Stream(), 3, last=3)
     assert [(one[2], one[3]) for one in found] == [(tokens, 4), (2 * tokens, 8), (4 * tokens, 16)]
 

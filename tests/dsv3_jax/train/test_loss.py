@@ -201,6 +201,18 @@ def test_without_mtp_weight_the_trunk_has_the_gradients_of_a_model_without_mtp(c
     assert not any(leaf.any() for leaf in jax.tree.leaves(found["mtp"]))
 
 
+def test_without_mtp_weight_mtps_routers_have_no_balance_loss():
+    config = micro.config(train={"loss_chunk": 9}, loss={"sequence_balance": 0.1})
+    assert config.model.num_nextn_predict_layers
+    split, rows = micro.parts(config.model), jnp.asarray(micro.tokens(config.model))
+    losses = loss_function(config, split.graph)
+    grad = jax.jit(jax.grad(lambda params, weight: losses(params, split.router_bias, rows, weight).total))
+    off, on = (grad(split.params, jnp.float32(weight)) for weight in (0.0, 1e-30))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(off["mtp"]))
+    assert any(leaf.any() for leaf in jax.tree.leaves(off["moe"]["moe"]["router"]))
+    assert any(leaf.any() for leaf in jax.tree.leaves(on["mtp"]))
+
+
 def test_embedding_and_head_get_the_gradient_of_the_main_model_plus_that_of_mtp(case):
     split, rows, grad = case
 

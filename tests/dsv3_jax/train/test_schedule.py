@@ -90,14 +90,62 @@ def test_multi_step_is_1_then_0_316_then_0_1_of_the_peak(share, factor):
     assert schedule.learning_rate(config, 500, tokens) == pytest.approx(4.2e-4 * factor, rel=1e-12)
 
 
-def test_length_from_steps_counts_the_ramp_exactly():
-    ramp = (Segment(0.0, 2.0), Segment(500.0, 8.0, "linear"), Segment(math.inf, 8.0))
-    config = Config(train=TrainConfig(steps=50, batch_size=8, batch_ramp=ramp, seq_len=10))
-    tokens = 0
-    for _ in range(50):
+RAMPS = {
+    "linear": (Segment(0.0, 2.0), Segment(500.0, 8.0, "linear"), Segment(math.inf, 8.0)),
+    "steps": (Segment(200.0, 2.0), Segment(800.0, 4.0), Segment(math.inf, 8.0)),
+    "steps, the last one twice": (
+        Segment(200.0, 2.0),
+        Segment(800.0, 4.0),
+        Segment(900.0, 8.0),
+        Segment(math.inf, 8.0),
+    ),
+    "linear, held, then more": (
+        Segment(0.0, 2.0),
+        Segment(300.0, 4.0, "linear"),
+        Segment(900.0, 4.0),
+        Segment(1e9, 8.0),
+    ),
+    "one value": (Segment(math.inf, 4.0),),
+}
+
+
+@pytest.mark.parametrize("ramp", RAMPS.values(), ids=RAMPS)
+@pytest.mark.parametrize("limits", [{"steps": 50}, {"tokens": 2345.0}, {"steps": 40, "tokens": 2345.0}])
+def test_a_run_is_as_long_as_its_steps_counted_one_by_one(ramp, limits):
+    config = Config(train=TrainConfig(batch_size=8, batch_ramp=ramp, micro_batch_size=1, seq_len=10, **limits))
+    tokens = steps = 0
+    while steps < limits.get("steps", math.inf) and tokens < limits.get("tokens", math.inf):
         tokens += schedule.batch_size(config, tokens) * 10
+        steps += 1
     assert schedule.total_tokens(config) == tokens
-    assert schedule.total_steps(config) == 50
+    assert schedule.total_steps(config) == steps
+
+
+@pytest.mark.parametrize(("name", "divisor"), [("dualpipe", 2), ("dualpipev", 1)])
+def test_a_ramp_keeps_to_numbers_of_micro_batches_that_the_schedule_runs(name, divisor):
+    ramp = (Segment(0.0, 4.0), Segment(1000.0, 64.0, "linear"))
+    config = Config(
+        train=TrainConfig(steps=100, batch_size=64, batch_ramp=ramp, micro_batch_size=2, seq_len=16),
+        mesh=MeshConfig(pipe=4, data=2, schedule=name),
+    )
+    counts = [schedule.batch_size(config, tokens) // 4 for tokens in range(0, 1200, 10)]
+    assert counts[0] == 8
+    assert counts[-1] == 16
+    assert counts == sorted(counts)
+    assert {count % divisor for count in counts} == {0}
+    assert len(set(counts)) == 8 // divisor + 1
+    note = schedule.ramp_note(config)
+    assert note is not None
+    assert "says 4 sequences at first; steps begin with 32: mesh.schedule = " in note
+
+
+def test_v3_begins_on_its_own_mesh_with_as_many_micro_batches_as_dualpipe_takes():
+    config = load_config("deepseek_v3", {"mesh": {"cluster": "h800_2048"}})
+    assert config.mesh.pipe == 16
+    sizes = [schedule.batch_size(config, int(tokens)) for tokens in (0, 100e9, 200e9, 469e9)]
+    assert sizes == [4096, 5632, 8192, 15360]
+    assert schedule.ramp_note(config) is not None
+    assert schedule.ramp_note(load_config("deepseek_v3")) is None
 
 
 def test_the_earlier_of_steps_and_tokens_ends_the_run():
