@@ -82,6 +82,14 @@ def test_a_pipeline_on_shares_does_the_step_of_one_device(schedule):
     assert_equal_steps(replace(deep, mesh={"pipe": 2, "data": 2, "schedule": schedule}), deep)
 
 
+@pytest.mark.slow
+def test_experts_tokens_that_travel_in_fp8_under_dualpipe_do_the_step_of_one_device():
+    """The mesh, schedule and dispatch of V3's preset, small."""
+    deep = replace(CONFIG, model={"num_hidden_layers": 4}, train={"batch_size": 8})
+    mesh = {"pipe": 2, "expert": 2, "schedule": "dualpipe", "fp8_dispatch": True}
+    assert_equal_steps(replace(deep, mesh=mesh), replace(deep, train={"micro_batch_size": 2}))
+
+
 V3 = micro.config(micro.V3, train={"precision": "fp8"})
 MESHES = [
     pytest.param({"expert": 4, "data": 2}, False, marks=pytest.mark.slow),
