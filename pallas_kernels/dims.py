@@ -10,9 +10,10 @@ D     model                                       G     expert groups
 V     vocabulary                                  K     chosen experts per token
 N     heads                                       M     routed rows (tokens x K)
 H     query/key head dim                          L     layers
-U     its part without RoPE                       A     stages
+U     its part without RoPE                       A     micro-batches of a step
 R     its RoPE part                               W     value head dim
 Q     query latent                                C     key-value latent
+J     key/value heads                             Y     tokens that one call writes
 ====  ==========================================  ====  =================================
 
 GEMM rooms (``grouped_gemm`` and what follows it) use the field's own letters instead: ``M`` rows, ``N`` columns,

@@ -1,6 +1,5 @@
 """launch/: files that run as they are, with options that exist."""
 
-import importlib.util
 import re
 import shlex
 import shutil
@@ -8,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
+import yaml
 
 from dsv3_jax.cli.overrides import parse_config
 from dsv3_jax.cli.train import Options
@@ -19,7 +20,6 @@ OPTION = re.compile(r"--(?:launch|mesh|train|data|model|optim|loss)\.[\w.-]+\w")
 
 
 def jobset():
-    yaml = pytest.importorskip("yaml")
     claim, jobs = yaml.safe_load_all(JOBSET.read_text())
     return claim, jobs
 
@@ -32,8 +32,7 @@ def train(words):
 
 def tool(name, *arguments):
     path = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if path is None:
-        pytest.skip(f"{name} is not installed")
+    assert path is not None, f"{name} is not installed: make setup"
     ended = subprocess.run([path, *arguments], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
@@ -118,11 +117,7 @@ def test_their_own_tools_find_nothing(name, arguments):
     tool(name, *arguments)
 
 
-def test_kubernetes_own_schemas_know_the_volume_and_the_job_inside(tmp_path):
-    if importlib.util.find_spec("kubernetes_validate") is None:
-        pytest.skip("kubernetes-validate is not installed")
-    import kubernetes_validate
-
+def test_kubernetes_own_schemas_know_the_volume_and_the_job_inside():
     claim, jobs = jobset()
     inner = jobs["spec"]["replicatedJobs"][0]["template"]["spec"]
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "worker"}, "spec": inner}

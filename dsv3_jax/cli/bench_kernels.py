@@ -19,6 +19,7 @@ ROOMS = (
     "grouped_fp8_gemm",
     "grouped_gemm",
     "attention",
+    "paged_attention",
     "permute",
 )
 
@@ -29,7 +30,7 @@ class Options:
 
     only: str = ""
     """Rooms to bench, separated by commas; empty for all: quantize, norm_quantize, swiglu_quantize, fp8_gemm,
-    grouped_fp8_gemm, grouped_gemm, attention, permute."""
+    grouped_fp8_gemm, grouped_gemm, attention, paged_attention, permute."""
     seconds: float = 90.0
     """Time limit of each room; one that runs longer is stopped, and what it measured until then is kept."""
     quick: bool = False

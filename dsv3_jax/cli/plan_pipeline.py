@@ -1,6 +1,7 @@
 """``dsv3 plan pipeline PRESET``: schedules of a pipeline compared, and drawn."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ class Options:
     json: bool = False
     """Print one JSON object, for programs."""
     micro_batches: int = 0
-    """Of a step; 0 takes those of train.batch_size."""
+    """Of a step; 0 takes those of train.batch_size. Thousands take minutes."""
     time: PassTimes = field(default_factory=PassTimes)
 
 
@@ -34,7 +35,7 @@ def run(argv: Sequence[str]) -> int:
     )
     config, options = parse_config("dsv3 plan pipeline", argv, description, Options, trainable=False)
     _check(options)
-    plan = plan_pipeline(config, options.time, options.micro_batches)
+    plan = plan_pipeline(config, options.time, options.micro_batches, say=_say)
     drawn = _drawn(config, plan, everything=options.all) if options.out else []
     if drawn:
         from sharding.pipeline.plot import write_timelines
@@ -47,6 +48,10 @@ def run(argv: Sequence[str]) -> int:
     else:
         _print(facts)
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def describe_pipeline(config: Config, plan: PipelinePlan, picture: str | None = None) -> dict[str, Any]:
@@ -66,7 +71,7 @@ def describe_pipeline(config: Config, plan: PipelinePlan, picture: str | None = 
 
 
 def _facts(one: SchedulePlan) -> dict[str, Any]:
-    timeline, step = one.timeline, one.memory.step
+    timeline, step, carried = one.timeline, one.memory.step, one.memory.carried
     return {
         "stages": timeline.schedule.n_stages,
         "time": timeline.makespan,
@@ -76,9 +81,10 @@ def _facts(one: SchedulePlan) -> dict[str, Any]:
         "time_in_lockstep": one.lockstep,
         "passes_under_way": timeline.in_flight,
         "passes_held": timeline.held,
-        "weights": step["gathered weights"],
-        "activations": sum(count for name, count in step.items() if name.startswith("activations"))
-        + step.get("weight gradients put off", 0),
+        "weights": step["gathered weights"] + step["weights, cast"],
+        "activations": sum(
+            count for name, count in carried.items() if name.startswith(("activations", "weight gradients"))
+        ),
         "memory": one.memory.total,
     }
 

@@ -32,11 +32,17 @@ class RopeScaling:
     """YaRN (spec 4.4). ``factor = 1`` is plain RoPE."""
 
     factor: float = 1.0
+    """How many times longer sequences get; 1 is plain RoPE."""
     original_max_position_embeddings: int = 4096
+    """Tokens a sequence had in pre-training, which ``factor`` stretches."""
     beta_fast: float = 32.0
+    """Turns over the original length from which a channel keeps its frequency."""
     beta_slow: float = 1.0
+    """Turns below which a channel is slowed by the whole ``factor``."""
     mscale: float = 1.0
+    """Factor in the cosines' and sines' scale, over that of ``mscale_all_dim``."""
     mscale_all_dim: float = 1.0
+    """Factor in the attention's softmax scale; 0 leaves it alone."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,11 @@ class ModelConfig:
     """Architecture. Defaults are a small complete DeepSeek-V3; presets state every field that matters to them."""
 
     vocab_size: int = 2048
+    """Rows of the embedding and columns of the head (V)."""
     hidden_size: int = 128
+    """Width of the residual stream (D)."""
     num_hidden_layers: int = 4
+    """Layers of the trunk, without MTP (L)."""
     first_k_dense_replace: int = 1
     """The first layers, whose FFN is dense; all others are mixture-of-experts layers."""
     intermediate_size: int = 512
@@ -54,6 +63,7 @@ class ModelConfig:
     attention: Literal["mla", "mha"] = "mla"
     """``mla`` latent attention; ``mha`` the plain (or grouped-query) attention of the dense and MoE-16B models."""
     num_attention_heads: int = 4
+    """Query heads (N)."""
     num_key_value_heads: int = 4
     """Heads of K and V with ``mha`` (fewer than query heads: GQA). Equal to the query heads with ``mla``."""
     head_dim: int = 32
@@ -61,22 +71,34 @@ class ModelConfig:
     q_lora_rank: int = 64
     """Query latent; 0 means the query is not compressed (V2-Lite)."""
     kv_lora_rank: int = 32
+    """Latent of keys and values (C), what a token leaves in the cache beside its RoPE key."""
     qk_nope_head_dim: int = 32
+    """Part of a query's and key's head without RoPE (U)."""
     qk_rope_head_dim: int = 16
+    """Part with RoPE (R); one key of it serves all heads."""
     v_head_dim: int = 32
+    """Head dimension of values with ``mla`` (W)."""
 
     n_routed_experts: int = 16
-    """0 makes a dense model."""
+    """Experts that a router chooses from (E); 0 makes a dense model."""
     n_shared_experts: int = 1
+    """Experts that every token goes to, as one network of so many times the width."""
     num_experts_per_tok: int = 4
+    """Routed experts of a token (K)."""
     moe_intermediate_size: int = 64
+    """Width of one expert (I)."""
     n_group: int = 1
+    """Groups that the experts are dealt into (G); 1 has none."""
     topk_group: int = 1
+    """Groups that a token's experts may come from."""
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Affinity of a token and an expert from the router's logit: V3's, or V2's."""
     topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"] = "noaux_tc"
     """``noaux_tc`` has the per-expert selection bias (V3); the other two do not (V2, MoE-16B)."""
     norm_topk_prob: bool = True
+    """Whether a token's gate values are divided by their sum (V3)."""
     routed_scaling_factor: float = 2.5
+    """What gate values are multiplied by."""
 
     num_nextn_predict_layers: int = 1
     """Depth of multi-token prediction; 0 leaves the MTP modules out."""
@@ -86,18 +108,25 @@ class ModelConfig:
     """The trunk's hidden state that MTP reads: after or before the final norm (UNCONFIRMED, spec 7.2)."""
 
     max_position_embeddings: int = 4096
+    """Longest sequence, tokens."""
     rope_theta: float = 10000.0
+    """Base of RoPE's frequencies."""
     rope_interleave: bool = True
     """RoPE pairs adjacent channels (DeepSeek's checkpoints) or the two halves (llama layout)."""
     rope_scaling: RopeScaling = RopeScaling()
+    """YaRN, for sequences longer than in pre-training."""
     rms_norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm but the two of the latents, which have 1e-6 in any model."""
     init_std: float = 0.006
     """Standard deviation of every weight matrix and of the embedding at the start."""
     init_distribution: Literal["normal", "truncated_normal"] = "normal"
     """UNCONFIRMED in the paper (spec 3)."""
     tie_word_embeddings: bool = False
+    """Whether the head is the embedding's transpose."""
     bos_token_id: int = 0
+    """Opens prompts."""
     eos_token_id: int = 1
+    """Ends documents and answers."""
 
     @property
     def n_moe_layers(self) -> int:
@@ -190,6 +219,7 @@ class TrainConfig:
     loss_chunk: int = 2048
     """Tokens whose float32 logits exist at one time."""
     seed: int = 0
+    """Of the first weights, and of the order of the training text."""
     ema_decay: float = 0.0
     """Decay of the moving average of parameters, which is kept in host memory; 0 keeps none (decay UNCONFIRMED in the
     paper)."""
@@ -199,9 +229,11 @@ class TrainConfig:
     log_every: int = 10
     """Steps between two readings of the metrics by the host. Every step is written to metrics.jsonl all the same."""
     eval_every: int = 100
+    """Steps between two validations."""
     eval_sequences: int = 64
     """Validation sequences of one evaluation; 0 leaves validation out."""
     checkpoint_every: int = 100
+    """Steps between two checkpoints."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept, beside the best by validation."""
     max_nonfinite_steps: int = 10
@@ -226,10 +258,13 @@ class OptimConfig:
     schedule_unit: Literal["tokens", "fraction"] = "tokens"
     """Whether ``until`` in ``schedule`` counts tokens or is a share of the run."""
     beta1: float = 0.9
+    """Decay of Adam's first moment."""
     beta2: float = 0.95
+    """Decay of its second."""
     eps: float = 1e-8
     """UNCONFIRMED in the paper."""
     weight_decay: float = 0.1
+    """Decoupled, times the learning rate."""
     decay: Literal["matrices", "all"] = "matrices"
     """What decays: matrices only (UNCONFIRMED in the paper), or norms too."""
     grad_clip_norm: float = 1.0
@@ -270,8 +305,11 @@ class MeshConfig:
     """Named mesh axes; their product is the number of devices."""
 
     pipe: int = 1
+    """Ranks of the pipeline, which share out the layers."""
     expert: int = 1
+    """Ranks that share out the experts; each has sequences of its own."""
     data: int = 1
+    """Ranks that have the same weights and other sequences; what the optimizer keeps is shared out over them."""
     schedule: Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"] = "1f1b"
     """Of the pipeline, where ``pipe`` is above 1; see ``sharding.pipeline``. ``dualpipe`` holds two chunks of the model
     on each device; ``dualpipev`` cuts the model into twice as many stages, two a device."""
@@ -350,6 +388,7 @@ class Config:
     """A complete run."""
 
     name: str = "custom"
+    """Of the preset, or of your own; runs, tables and plans are told by it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -45,8 +45,10 @@ class MemoryPlan:
     step: Tensors
     kept: dict[str, Tensors] = field(default_factory=dict)
     """Of one layer of each kind and one micro-batch: what it keeps for the backward pass."""
+    carried: Tensors = field(default_factory=dict)
+    """Of a pipeline: what its ticks carry, also where another moment of the step takes more and ``step`` is of that."""
     host: Tensors = field(default_factory=dict)
-    """The moving average, and a copy of as much on its way: parameters that come in, or an average being saved."""
+    """The moving average, a share of the parameters that comes in, and the copy that a checkpoint is written from."""
 
     @property
     def arguments(self) -> int:
@@ -204,16 +206,16 @@ def _plan(config: Config, sizes: dict[str, int], work: Work, micro_batches: int,
     average = 4 * weights.share if train.ema_decay else 0
     # One share of it travels down; one has come up and one is coming.
     share = average // train.ema_every
-    host = {"EMA": average, "a share of it on its way": share}
+    host = {"EMA": average, "a share of it on its way": share, "a copy of it, being saved": average}
     held = _held(weights, narrow=sizes["pipe"] > 1 or train.unroll)
     step = {"gathered weights": held, "EMA: copied parameters, two shares": average + 2 * share}
     if sizes["pipe"] > 1:
-        ticks = carried_by_ticks(config, work, stages, weights.whole)
-        ticks |= pass_at_work(config, work)
+        carried = carried_by_ticks(config, work, stages, weights.whole)
+        ticks = carried | pass_at_work(config, work)
         after = {"gradients": 4 * weights.whole, "mirror's gradients on their way": 8 * weights.mirrored}
         after |= {"gradients in shares": 4 * weights.share}
         step |= {"weights, cast": weights.codes} | max(ticks, after, key=size_of)
-        return MemoryPlan(sizes, work.tokens, micro_batches, train.remat, state, step, kept, host)
+        return MemoryPlan(sizes, work.tokens, micro_batches, train.remat, state, step, kept, carried, host)
     activations = _activations(kept, model.n_moe_layers, model.n_dense_layers)
     activations["activations of MTP"] = model.num_nextn_predict_layers * mtp_kept(model, work, train.remat)
     # The optimizer needs gradients summed and in shares when the activations are gone.
@@ -255,7 +257,7 @@ def _plan(config: Config, sizes: dict[str, int], work: Work, micro_batches: int,
     else:
         backward = activations | max(head_at_work(config, work), layer_at_work(config, work), key=size_of)
         step |= cast | whole | max(backward, update, key=size_of)
-    return MemoryPlan(sizes, work.tokens, micro_batches, train.remat, state, step, kept, host)
+    return MemoryPlan(sizes, work.tokens, micro_batches, train.remat, state, step, kept, host=host)
 
 
 def _activations(kept: dict[str, Tensors], moe: int, dense: int) -> Tensors:

@@ -1,5 +1,6 @@
 """Schedules of a pipeline compared: time, bubble, passes under way and memory, from a model's FLOPs or given times."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dsv3_jax.config import Config, ConfigError, ModelConfig, replace
@@ -18,6 +19,9 @@ from sharding.pipeline import (
     supported,
     table,
 )
+
+_MANY = 10_000
+"""Passes of a schedule, over all ranks, whose simulation is felt."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,20 @@ class PipelinePlan:
     """Why the others cannot be."""
 
 
-def plan_pipeline(config: Config, times: PassTimes | None = None, micro_batches: int = 0) -> PipelinePlan:
+def plan_pipeline(
+    config: Config,
+    times: PassTimes | None = None,
+    micro_batches: int = 0,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+) -> PipelinePlan:
     """Every schedule that ``mesh.pipe`` ranks can run.
 
     Args:
         config: the run; its ``mesh`` need not be there.
         times: of passes; None takes FLOPs.
         micro_batches: of a step, each as large as the run's; 0 takes those of ``train.batch_size``.
+        say: is told what is simulated, where that takes more than seconds.
 
     Raises:
         ConfigError: there is no pipeline, or it does not fit the model; one line.
@@ -91,6 +102,8 @@ def plan_pipeline(config: Config, times: PassTimes | None = None, micro_batches:
         refused[name] = supported(name, mesh.pipe, count)
         if refused[name]:
             continue
+        if count * mesh.pipe >= _MANY:
+            say(f"simulating {name}: {count:,} micro-batches on {mesh.pipe} ranks")
         memory = plan_memory(config, schedule=name)
         schedule = make_schedule(name, mesh.pipe, count, mesh.waiting)
         costs = _costs(config, times, schedule.n_stages)

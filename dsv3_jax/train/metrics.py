@@ -152,7 +152,6 @@ class LoadFile:
     """Relative expert loads over time: a JSON line with the shape, then records of a step and float16 loads."""
 
     def __init__(self, path: Path, restored_step: int):
-        self._path = path
         steps, loads = read_expert_load(path)
         kept = steps <= restored_step
         self._shape = loads.shape[1:] if kept.any() else None

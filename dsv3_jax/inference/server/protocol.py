@@ -1,4 +1,5 @@
-"""What requests may hold. A field that is not here is an error, so that nothing asked for is silently left out."""
+"""What requests may hold. A field that is not here is an error, so that nothing asked for is silently left out; but for
+messages, which hold what answers hold (``refusal``, ``annotations`` and the like) and of which the template reads three."""
 
 from typing import Annotated, Any, Literal
 
@@ -105,7 +106,7 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    """One turn; answers may come back as they were sent."""
+    """One turn; answers may come back as they were sent, so that what the template does not read is no error."""
 
     model_config = ConfigDict(extra="ignore")
     role: Literal["system", "developer", "user", "assistant", "tool"]

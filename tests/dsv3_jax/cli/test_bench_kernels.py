@@ -2,9 +2,11 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 
+import pallas_kernels
 from dsv3_jax.cli import bench, bench_kernels
 from dsv3_jax.config import ConfigError
 
@@ -41,3 +43,10 @@ def test_rooms_rows_are_gathered_and_one_that_fails_is_a_row(monkeypatch, tmp_pa
     for word in ("gemm/1/2/3", "5.0", "700", "6.0", "600", "1.0e-06", "1.50", "stopped after 90 s"):
         assert word in printed
     assert [row["room"] for row in json.loads(out.read_text())] == ["fp8_gemm", "permute"]
+
+
+def test_every_room_with_a_bench_is_one():
+    folder = Path(pallas_kernels.__file__).parent
+    assert {bench.parent.name for bench in folder.glob("*/bench.py")} == set(bench_kernels.ROOMS)
+    text = Path(bench_kernels.__file__).read_text(encoding="utf-8")
+    assert ", ".join(bench_kernels.ROOMS) in " ".join(text.split())

@@ -30,7 +30,20 @@ def test_the_object(capsys):
     assert found["1f1b"]["idle_by_formula"] == 3
     assert found["dualpipe"]["bubble"] == 0
     assert found["dualpipe"]["weights"] > found["1f1b"]["weights"]
+    assert all(0 < one["activations"] < one["memory"] for one in found.values())
     assert found["zb1p"]["passes_held"] == [2, 2]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_weights_are_those_of_the_products_and_activations_are_told_at_any_number_of_micro_batches(capsys, precision):
+    """Two bytes a number in either precision: bfloat16, or a code in each orientation."""
+    words = [*PIPE[:-1], "200", "--time.forward", "1", "--out=", "--json", "--train.precision", precision]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)["schedules"]
+    half = 671e9 / 2
+    for name, one in found.items():
+        assert one["weights"] == pytest.approx(2 * half * (2 if name == "dualpipe" else 1), rel=0.1)
+        assert one["activations"] > 0
 
 
 def test_a_bound_of_waiting_weight_gradients_is_told(capsys):

@@ -408,10 +408,10 @@ def test_the_moving_average_is_in_host_memory_and_what_it_is_made_of_on_the_devi
     changes = {"train": {"micro_batch_size": 1, "batch_size": 16, "unroll": unroll}, "mesh": {"expert": 2, "data": 4}}
     without = plan_memory(micro.config(**changes))
     plan = plan_memory(micro.config(**changes | {"train": changes["train"] | {"ema_decay": 0.9, "ema_every": 4}}))
-    assert without.host == {"EMA": 0, "a share of it on its way": 0}
+    assert without.host == {"EMA": 0, "a share of it on its way": 0, "a copy of it, being saved": 0}
     assert plan.state == without.state
     share = plan.state["masters"]
-    assert plan.host == {"EMA": share, "a share of it on its way": share // 4}
+    assert plan.host == {"EMA": share, "a share of it on its way": share // 4, "a copy of it, being saved": share}
     travelling = plan.step["EMA: copied parameters, two shares"]
     assert travelling == plan.temporaries - without.temporaries == share + 2 * (share // 4)
     config = micro.config(**changes | {"train": changes["train"] | {"ema_decay": 0.9}})
