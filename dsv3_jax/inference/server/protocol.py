@@ -1,5 +1,5 @@
 """What requests may hold. A field that is not here is an error, so that nothing asked for is silently left out; but for
-messages, which hold what answers hold (``refusal``, ``annotations`` and the like) and of which the template reads three."""
+messages, which hold what answers hold (``refusal`` and the like) and of which the template reads three."""
 
 from typing import Annotated, Any, Literal
 
