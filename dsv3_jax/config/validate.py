@@ -1,5 +1,8 @@
 """What cannot be, found before anything is compiled: each mistake one line naming field, value and remedy."""
 
+import dataclasses
+import math
+
 from dsv3_jax.config.schema import Config, ConfigError, ModelConfig, Schedule
 from dsv3_jax.config.supported import supported
 
@@ -9,6 +12,7 @@ def validate(config: Config, *, trainable: bool = True) -> None:
 
     ``trainable = False`` lets through what plans alone know: pipelines whose schedule the batch is too small for.
     """
+    _finite(config)
     validate_model(config.model)
     _validate_train(config)
     for name, schedule in (
@@ -30,6 +34,15 @@ def validate(config: Config, *, trainable: bool = True) -> None:
 def _require(good: bool, message: str) -> None:
     if not good:
         raise ConfigError(message)
+
+
+def _finite(config: Config) -> None:
+    for section in ("model", "data", "train", "optim", "loss", "mesh"):
+        owner = getattr(config, section)
+        for field in dataclasses.fields(owner):
+            value = getattr(owner, field.name)
+            good = not isinstance(value, float) or math.isfinite(value)
+            _require(good, f"{section}.{field.name} = {value} must be a finite number")
 
 
 def _positive(section: str, owner: object, *names: str) -> None:
@@ -139,7 +152,7 @@ def _validate_schedule(name: str, schedule: Schedule) -> None:
     last = 0.0
     for i, piece in enumerate(schedule):
         _require(piece.until >= last, f"{name}[{i}].until = {piece.until} must not come before {last}")
-        _require(piece.value >= 0, f"{name}[{i}].value = {piece.value} must not be negative")
+        _require(0 <= piece.value < math.inf, f"{name}[{i}].value = {piece.value} must be finite and not negative")
         last = piece.until
     if schedule and schedule[0].shape != "constant":
         raise ConfigError(f"{name}[0].shape = {schedule[0].shape!r} has nothing before it: start with a constant piece")
@@ -161,6 +174,7 @@ def _validate_train(config: Config) -> None:
         "max_nonfinite_steps",
     )
     _not_negative("train", train, "steps", "tokens", "micro_batch_size", "eval_sequences", "seed")
+    _require(train.seed < 2**32, f"train.seed = {train.seed} must be less than 2**32")
     _share("train", train, "ema_decay")
     _require(
         train.seq_len > config.model.num_nextn_predict_layers,

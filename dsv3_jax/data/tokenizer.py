@@ -123,6 +123,10 @@ class Tokenizer:
             raise ConfigError(f"{file} cannot be read as a tokenizer.json: {error}") from error
         return cls(definition, str(file))
 
+    def same_ids(self, other: "Tokenizer") -> bool:
+        """Whether every id stands for the same bytes in both."""
+        return self.raw == other.raw and self.specials == other.specials
+
     def save(self, path: str | Path) -> None:
         """Write the tokenizer.json, whole or not at all.
 

@@ -143,6 +143,17 @@ def load_into(path: str | Path, abstract: Tree) -> Tree:
     return _filled(abstract, leaves)
 
 
+def tokenizer_of(path: str | Path) -> Tokenizer | None:
+    """The tokenizer of a folder that :func:`load_into` reads; None where it has none.
+
+    Raises:
+        ConfigError, WeightsError, CheckpointError: as :func:`from_pretrained`.
+    """
+    with open_weights(Path(path)) as opened:
+        text = opened.texts.get("tokenizer.json")
+        return None if text is None else Tokenizer(text, str(opened.path / "tokenizer.json"))
+
+
 def _by_path(tree: Tree) -> dict[str, Any]:
     found = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}

@@ -112,7 +112,7 @@ def _samples(config: Config, data: Data, model: DeepSeekV3) -> list[str]:
 
 def _print(summary: dict[str, Any], out: Path, pictures: list[Path], console: Console) -> None:
     def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     say(
         f"{summary['steps']} steps, {summary['tokens']:,} tokens, {summary['parameters']:,} parameters, "

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from dsv3_jax.checkpoint import newest_checkpoint
 from dsv3_jax.config import Config, ConfigError, differences, load_config, to_toml
 from dsv3_jax.data.files import write_whole
 
@@ -74,8 +75,12 @@ def _hold(lock: Any, out: Path) -> None:
 
 
 def _changes(config: Config, out: Path) -> list[str]:
-    """Differences to the run that is already there; ConfigError when one may not be."""
-    if not (out / "config.toml").exists():
+    """Differences to the run that is already there; ConfigError when one may not be.
+
+    A command that failed before it had a tokenizer or a checkpoint leaves nothing that settings would belong to.
+    """
+    begun = (out / "tokenizer.json").exists() or newest_checkpoint(out / "checkpoints") is not None
+    if not begun or not (out / "config.toml").exists():
         return []
     old = load_config(str(out / "config.toml"))
     changes = differences(old, config)
@@ -130,9 +135,10 @@ class StopRequest:
             self._deferred = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked or not self._deferred:
+        # Noted before it is raised: Python drops what is raised in a callback of the garbage collector.
+        again, self.asked = self.asked, True
+        if again or not self._deferred:
             raise KeyboardInterrupt
-        self.asked = True
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         # Not print: a handler may interrupt a print.
         os.write(2, f"\n{name}: saving after this step; once more stops at once\n".encode())

@@ -28,7 +28,7 @@ from dsv3_jax.checkpoint import (
 from dsv3_jax.config import Config, ConfigError, to_toml
 from dsv3_jax.data import Data, RowStream, Tokenizer, merge_states, prepare_data
 from dsv3_jax.data.baselines import predicted_bytes
-from dsv3_jax.interop.pretrained import load_into
+from dsv3_jax.interop.pretrained import load_into, tokenizer_of
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.train import schedule
 from dsv3_jax.train.batches import Batches, without_padding
@@ -138,9 +138,9 @@ def train(
         stop = stack.enter_context(StopRequest())
         shown = console if primary else Console(quiet=True)
         for line in changes:
-            shown.print(f"changed since the run began: {line}", highlight=False, soft_wrap=True)
+            shown.print(f"changed since the run began: {line}", highlight=False, markup=False, soft_wrap=True)
         if note := schedule.ramp_note(config):
-            shown.print(note, highlight=False, soft_wrap=True)
+            shown.print(note, highlight=False, markup=False, soft_wrap=True)
         session = _Session(config, out, shown, stop, total, peers)
         return session.run(min(total, stop_after or total))
 
@@ -175,6 +175,8 @@ class _Session:
         self.config, self.out, self.console, self.stop, self.total = config, out, console, stop, total
         self.peers, self.primary = peers, peers.index == 0
         self.mesh = config_mesh(config)
+        if config.train.init_from and newest_checkpoint(out / "checkpoints") is None:
+            _require_same_tokenizer(config)
         # The first may train a tokenizer, which the others then read.
         with peers.primary_first():
             self.data: Data = prepare_data(config, out, self._say)
@@ -192,7 +194,7 @@ class _Session:
         self.queue = MetricsQueue(config.train.log_every)
 
     def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _starting_point(self) -> tuple[TrainState, dict[str, Any] | None]:
         newest = newest_checkpoint(self.out / "checkpoints")
@@ -250,6 +252,12 @@ class _Session:
                 self._save()
                 self.writer.wait()
                 self.peers.saved()
+        if self.state.step == self.total > self.saved_step:
+            raise RunError(
+                f"the run ended at step {self.total} with a loss or gradient that is not finite; the newest checkpoint "
+                f"is of step {self.saved_step} (0: none); go on in another --out with a lower --optim.learning-rate "
+                f"(now {self.config.optim.learning_rate:g})"
+            )
         if self.state.step < self.total:
             self._say(
                 f"stopped after step {self.state.step} of {self.total}{self._why_stopped()}; the same command goes on "
@@ -380,6 +388,10 @@ class _Session:
             summary = summarize(self.config, self.out, self.data, model, facts, self.console)
         beaten = summary.get("beats_bigram_consumed")
         failed = self.config.train.bigram_gate and self.primary and not beaten
+        if failed:
+            self._say(
+                "train.bigram_gate: validation does not beat the bigram model over the tokens consumed, hence status 1"
+            )
         return Run(self.config, self.out, self.state, self.data.tokenizer, summary, FAILED if failed else DONE)
 
     def _sampled_model(self) -> DeepSeekV3 | None:
@@ -390,6 +402,26 @@ class _Session:
             return None
         whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(shared_out)
         return model_of(self.config, *jax.tree.map(lambda leaf: leaf.addressable_data(0), whole))
+
+
+def _require_same_tokenizer(config: Config) -> None:
+    """Weights know pieces of text by their ids."""
+    source, given = config.train.init_from, config.data.tokenizer
+    try:
+        theirs = tokenizer_of(source)
+    except ConfigError as error:
+        raise ConfigError(f"train.init_from = {source!r}: {error}") from error
+    if theirs is None:
+        return
+    try:
+        same = given != "train" and Tokenizer.load(given).same_ids(theirs)
+    except ConfigError as error:
+        raise ConfigError(f"data.tokenizer: {error}") from error
+    if not same:
+        raise ConfigError(
+            f"data.tokenizer = {given!r} is not the tokenizer of train.init_from = {source!r}, whose weights know its "
+            f"ids: give --data.tokenizer {source}"
+        )
 
 
 @contextlib.contextmanager

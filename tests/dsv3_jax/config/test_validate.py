@@ -68,6 +68,10 @@ def test_an_architecture_that_cannot_be_is_refused(changes, expected):
         ),
         ({"train": {"batch_size": 0}}, "train.batch_size = 0 must be greater than 0"),
         ({"train": {"steps": -1}}, "train.steps = -1 must not be negative"),
+        ({"train": {"seed": 2**32}}, "train.seed = 4294967296 must be less than 2**32"),
+        ({"train": {"tokens": math.inf}}, "train.tokens = inf must be a finite number"),
+        ({"optim": {"learning_rate": math.nan}}, "optim.learning_rate = nan must be a finite number"),
+        ({"loss": {"mtp_weight": math.inf}}, "loss.mtp_weight[0].value = inf must be finite and not negative"),
         ({"train": {"ema_decay": 1.0}}, "train.ema_decay = 1.0 must be at least 0 and less than 1"),
         (
             {"train": {"batch_ramp": 64}},
@@ -100,7 +104,7 @@ def test_an_architecture_that_cannot_be_is_refused(changes, expected):
         ),
         (
             {"loss": {"mtp_weight": [{"until": 3, "value": -1}]}},
-            "loss.mtp_weight[0].value = -1.0 must not be negative",
+            "loss.mtp_weight[0].value = -1.0 must be finite and not negative",
         ),
         (
             {"optim": {"schedule": [{"until": 1, "value": 1, "shape": "cosine"}]}},

@@ -27,6 +27,28 @@ def _reopen(out, config):
         return changes
 
 
+def _begun(out):
+    """A run that got as far as its tokenizer."""
+    _reopen(out, CONFIG)
+    (out / "tokenizer.json").touch()
+
+
+def test_a_command_that_failed_before_anything_was_made_binds_nobody(tmp_path):
+    _reopen(tmp_path, replace(CONFIG, data={"source": "/nope"}))
+    assert _reopen(tmp_path, CONFIG) == []
+    assert load_config(str(tmp_path / "config.toml")) == CONFIG
+
+
+def test_a_signal_before_the_first_step_stops_at_once_or_before_it_where_python_drops_the_interrupt():
+    """As it does with what a handler raises inside a callback of the garbage collector."""
+    with StopRequest() as stop:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+        with stop.deferred(), pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_the_resolved_configuration_is_kept_and_given_back(tmp_path):
     assert _reopen(tmp_path / "a" / "run", CONFIG) == []
     assert load_config(str(tmp_path / "a" / "run" / "config.toml")) == replace(CONFIG)
@@ -43,7 +65,7 @@ def test_the_resolved_configuration_is_kept_and_given_back(tmp_path):
     ],
 )  # fmt: skip
 def test_length_intervals_loader_threads_and_the_mesh_may_change(tmp_path, section, name, value):
-    _reopen(tmp_path, CONFIG)
+    _begun(tmp_path)
     changed = replace(CONFIG, **{section: {name: value}})
     before, after = (json.dumps(one) for one in (getattr(getattr(CONFIG, section), name), value))
     assert _reopen(tmp_path, changed) == [f"{section}.{name}: {before} -> {after}"]
@@ -58,7 +80,7 @@ def test_length_intervals_loader_threads_and_the_mesh_may_change(tmp_path, secti
     ],
 )  # fmt: skip
 def test_all_else_is_refused_and_nothing_is_written(tmp_path, section, name, value):
-    _reopen(tmp_path, CONFIG)
+    _begun(tmp_path)
     with pytest.raises(ConfigError, match=rf"holds a run with other settings \({section}\.{name}: .* -> "):
         _reopen(tmp_path, replace(CONFIG, **{section: {name: value}}))
     assert load_config(str(tmp_path / "config.toml")) == CONFIG
@@ -96,13 +118,6 @@ def test_the_first_signal_asks_and_the_second_stops(number, capfd):
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) == before
     assert capfd.readouterr().err.count("saving after this step") == 1
-
-
-def test_a_signal_before_the_first_step_stops_at_once():
-    with StopRequest() as stop:
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert not stop.asked
 
 
 def _progress(monkeypatch=None, peak=None, terminal=False):

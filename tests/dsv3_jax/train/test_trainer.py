@@ -23,6 +23,7 @@ from rich.console import Console
 from dsv3_jax.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint, read_info, restore
 from dsv3_jax.cli import train as command
 from dsv3_jax.config import ConfigError, Segment, load_config, replace, to_toml
+from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.model import split_model
 from dsv3_jax.train import finish, trainer
 from dsv3_jax.train.ema import abstract_average
@@ -347,13 +348,42 @@ def test_weights_that_give_no_finite_loss_are_not_saved(config, tmp_path, monkey
 
 
 def test_a_new_run_can_start_from_the_weights_of_another(config, reference, tmp_path):
-    run, printed = _train(replace(config, train={"init_from": str(reference[0].out)}), tmp_path / "run", stop_after=1)
+    source = str(reference[0].out)
+    from_there = replace(config, train={"init_from": source}, data={"tokenizer": source})
+    run, printed = _train(from_there, tmp_path / "run", stop_after=1)
     assert "weights from" in printed
     assert run.state.step == 1
     first, last = run.metrics[0]["loss"], reference[0].metrics[-1]["loss"]
     assert abs(first - last) < 0.3 * (reference[0].metrics[0]["loss"] - last)
     with pytest.raises(ConfigError, match="holds neither"):
         train(replace(config, train={"init_from": str(tmp_path)}), tmp_path / "other")
+
+
+def test_weights_of_another_tokenizer_are_refused_before_one_is_made(config, reference, tmp_path):
+    source = reference[0].out
+    other = Tokenizer.load(source)
+    given = tmp_path / "tokenizer.json"
+    for tokenizer in ("train", str(given)):
+        tree = json.loads(other.definition)
+        words = tree["model"]["vocab"]
+        words["a"], words["b"] = words["b"], words["a"]
+        given.write_text(json.dumps(tree))
+        with pytest.raises(ConfigError, match=r"^data\.tokenizer = .* is not the tokenizer of train\.init_from = "):
+            train(replace(config, train={"init_from": str(source)}, data={"tokenizer": tokenizer}), tmp_path / "run")
+    assert not (tmp_path / "run" / "tokenizer.json").exists()
+
+
+def test_a_run_whose_last_weights_are_not_finite_is_no_success(config, tmp_path, monkeypatch):
+    ruin = functools.partial(jax.tree.map, lambda leaf: leaf * np.nan)
+    call = TrainStep.__call__
+
+    def broken(self, state, rows):
+        state, metrics = call(self, state, rows)
+        return (dataclasses.replace(state, params=ruin(state.params)) if state.step == STEPS else state), metrics
+
+    monkeypatch.setattr(TrainStep, "__call__", broken)
+    with pytest.raises(RunError, match=rf"ended at step {STEPS} with a loss or gradient that is not finite"):
+        train(config, tmp_path / "run", console=Console(file=io.StringIO()))
 
 
 def test_the_run_gives_back_its_model(reference):
