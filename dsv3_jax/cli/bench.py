@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv3_jax.cli.compile_cache import Kept, keep_compiled
-from dsv3_jax.cli.overrides import parse_config
+from dsv3_jax.cli.overrides import check_writable, parse_config
 from dsv3_jax.config import ConfigError
 from sharding.flags import apply_gpu_flags
 
@@ -70,6 +70,8 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError(f"--profiled = {options.profiled} must not be negative")
     if config.train.ema_decay and options.steps < config.train.ema_every:
         raise ConfigError(f"--steps = {options.steps} must be at least train.ema_every = {config.train.ema_every}")
+    if options.json != "-":
+        check_writable("--json", options.json)
     mesh = config.mesh
     apply_gpu_flags(os.environ, mesh.devices, beside=mesh.sends_beside)
     import jax
@@ -132,13 +134,16 @@ def memory_text(result: Any) -> str:
 def _print_table(facts: dict[str, object]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{facts['preset']} on {facts['devices']} x {facts['device']}", title_justify="left")
+    # As Text: square brackets of a name are no markup.
+    title = Text(f"{facts['preset']} on {facts['devices']} x {facts['device']}", "table.title")
+    table = Table(title=title, title_justify="left")
     table.add_column("measure")
     table.add_column("value", justify="right")
     for name, value in facts.items():
         if name not in ("preset", "device", "devices", "where", "operations", "memory_gib", "average"):
-            table.add_row(name.replace("_", " "), _text(value))
+            table.add_row(name.replace("_", " "), Text(_text(value)))
     Console().print(table)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dsv3_jax.cli.compile_cache import Kept, keep_compiled
-from dsv3_jax.cli.overrides import parse_config
+from dsv3_jax.cli.overrides import check_writable, parse_config
 from dsv3_jax.config import ConfigError
 
 
@@ -41,6 +41,8 @@ def run(argv: Sequence[str]) -> int:
     for name in ("batch", "prompt", "new", "turns"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} = {getattr(options, name)} must be at least 1")
+    if options.json != "-":
+        check_writable("--json", options.json)
     from dsv3_jax.inference import EngineOptions
     from dsv3_jax.inference.bench import bench_decode, random_model
 

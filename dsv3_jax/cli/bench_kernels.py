@@ -1,6 +1,7 @@
 """``dsv3 bench kernels``: every kernel room's bench in a process of its own, and one table of what they wrote."""
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv3_jax.cli.overrides import check_writable, parse_options
 from dsv3_jax.config import ConfigError
 
 ROOMS = (
@@ -41,14 +43,14 @@ class Options:
 
 def run(argv: Sequence[str]) -> int:
     """Benches the rooms that are asked for; the exit status."""
-    import tyro
-
-    options = tyro.cli(Options, prog="dsv3 bench kernels", args=list(argv), description=__doc__)
+    description = "Every kernel room's bench in a process of its own, and one table of what they wrote."
+    options = parse_options("dsv3 bench kernels", argv, description, Options)
     rooms = tuple(part.strip() for part in options.only.split(",")) if options.only else ROOMS
     if unknown := [room for room in rooms if room not in ROOMS]:
         raise ConfigError(f"--only names {unknown[0]!r}; the rooms are {', '.join(ROOMS)}")
-    if options.seconds <= 0:
-        raise ConfigError(f"--seconds = {options.seconds} must be above 0")
+    if not 0 < options.seconds < math.inf:
+        raise ConfigError(f"--seconds = {options.seconds:g} must be a finite number above 0")
+    check_writable("--json", options.json)
     if (obstacle := _obstacle()) is not None:
         raise ConfigError(f"dsv3 bench kernels needs an NVIDIA Hopper GPU: {obstacle}")
     rows: list[dict[str, Any]] = []
@@ -116,6 +118,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="times: burst, and under load (sustained)", title_justify="left")
     for name in ("room", "shape", "what"):
@@ -123,5 +126,5 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     for name in ("us", "TFLOP/s", "GB/s", "sustained us", "sustained TFLOP/s", "error", "times XLA's speed"):
         table.add_column(name, justify="right", overflow="fold")
     for row in rows:
-        table.add_row(*cells(row))
+        table.add_row(*map(Text, cells(row)))
     Console(width=None if sys.stdout.isatty() else 200).print(table)

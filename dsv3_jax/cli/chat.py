@@ -4,12 +4,15 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv3_jax.cli.loading import Loaded, Loading, load
 from dsv3_jax.cli.main import DONE, FAILURE
 from dsv3_jax.cli.overrides import parse_options
 from dsv3_jax.config import ConfigError
+
+if TYPE_CHECKING:
+    from dsv3_jax.inference import Sampling
 
 _HELP = "/new starts another conversation, /exit (or Ctrl-D) ends; Ctrl-C stops an answer"
 
@@ -36,6 +39,16 @@ class Options(Loading):
 def run(argv: Sequence[str]) -> int:
     """Talk until the input ends; the exit status."""
     options = parse_options("dsv3 chat", argv, "A conversation in the terminal.", Options)
+    if sys.stdin is None:
+        raise ConfigError("standard input is closed: a chat reads from it what you say")
+    try:
+        options.system.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError("--system is not UTF-8 text") from error
+    # JAX and all above it take seconds to import: mistakes on the command line are told before.
+    from dsv3_jax.inference import Sampling
+
+    how = Sampling(options.max_new_tokens, options.temperature, options.top_p, seed=options.seed)
     loaded = load(options)
     if loaded is None:
         return FAILURE
@@ -50,7 +63,7 @@ def run(argv: Sequence[str]) -> int:
         elif line:
             messages.append({"role": "user", "content": line})
             try:
-                answer = _answer(loaded, messages, options)
+                answer = _answer(loaded, messages, how, options.thinking)
             except ConfigError as error:
                 print(f"dsv3: {error}", file=sys.stderr)
                 messages.pop()
@@ -63,21 +76,21 @@ def _ask() -> str | None:
     if sys.stdin.isatty():
         print("> ", end="", flush=True)
     try:
-        line = sys.stdin.readline()
+        # Not its text, which has half surrogates for what is no UTF-8 where the locale is C.
+        line = sys.stdin.buffer.readline().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError("standard input is not UTF-8 text") from error
+        raise ConfigError("standard input is not UTF-8 text: type or pipe in UTF-8") from error
     return line.strip() if line else None
 
 
-def _answer(loaded: Loaded, messages: list[dict[str, Any]], options: Options) -> str:
+def _answer(loaded: Loaded, messages: list[dict[str, Any]], how: "Sampling", thinking: bool) -> str:
     """The assistant's next turn, printed as it comes."""
     from dsv3_jax.data.chat import encode_chat
-    from dsv3_jax.inference import Sampling
 
     engine = loaded.engine
-    prompt = encode_chat(loaded.tokenizer, messages, thinking=options.thinking)
-    how = Sampling(options.max_new_tokens, options.temperature, options.top_p, seed=options.seed, choice=len(messages))
-    sequence = engine.add(prompt, dataclasses.replace(how, stop_tokens=(loaded.tokenizer.eos_id,)))
+    prompt = encode_chat(loaded.tokenizer, messages, thinking=thinking)
+    how = dataclasses.replace(how, choice=len(messages), stop_tokens=(loaded.tokenizer.eos_id,))
+    sequence = engine.add(prompt, how)
     text = ""
     try:
         while engine.busy:

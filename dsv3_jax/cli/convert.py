@@ -28,7 +28,7 @@ class Options:
     verify: bool = False
     """Read every tensor back and compare."""
     force: bool = False
-    """Replace the weights that are at DST."""
+    """Replace the weights that are at DST; a folder with anything else in it, or of a run, stays."""
     allow_pickle: bool = False
     """Read pytorch_model.bin where there are no safetensors. It is taken apart, and nothing in it is run."""
     buffer_mb: int = 256
@@ -44,8 +44,9 @@ def run(argv: Sequence[str]) -> int:
     told = "Weights from SRC (Hugging Face folder, run, checkpoint) as a new folder DST."
     words, options = parse_words("dsv3 convert", argv, told, Options, ("SRC", "DST"))
     for name in ("buffer_mb", "shard_gb"):
-        if getattr(options, name) <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')} = {getattr(options, name)} must be greater than 0")
+        if not 0 < getattr(options, name) <= 1e9:  # nan neither
+            told = f"--{name.replace('_', '-')} = {getattr(options, name)}"
+            raise ConfigError(f"{told} must be greater than 0 and at most 1e9")
     if options.threads < 0:
         raise ConfigError(f"--threads = {options.threads} must not be negative")
     # JAX takes seconds to import: mistakes on the command line are told before.

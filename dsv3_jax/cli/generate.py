@@ -46,6 +46,8 @@ def run(argv: Sequence[str]) -> int:
     prompts, rest = _take_prompts(argv)
     options = parse_options("dsv3 generate", rest, "Text from a trained model, prompt included.", Options)
     prompts = [_checked(text) for text in prompts]
+    if not prompts and sys.stdin is None:
+        raise ConfigError("standard input is closed: give the text with --prompt")
     # JAX and all above it take seconds to import: mistakes on the command line are told before.
     from dsv3_jax.checkpoint import CheckpointError
     from dsv3_jax.inference import generate_text

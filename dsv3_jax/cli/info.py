@@ -58,9 +58,11 @@ def describe(config: Config, seq_len: int) -> dict[str, Any]:
 def _print_table(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     total = facts["parameters_total"]
-    table = Table(title=facts["name"], title_justify="left")
+    # As Text: square brackets of a name are no markup.
+    table = Table(title=Text(facts["name"], "table.title"), title_justify="left")
     for heading in ("parameters", "number", "share"):
         table.add_column(heading, justify="left" if heading == "parameters" else "right")
     for name, count in facts["components"].items():

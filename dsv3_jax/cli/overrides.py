@@ -5,10 +5,12 @@ tyro's, made from the dataclasses: every field with its type, its docstring and 
 """
 
 import dataclasses
+import os
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from dsv3_jax.config import Config, ConfigError, load_config, preset_names
@@ -56,8 +58,9 @@ def parse_config[T](
     """
     own, fields = _flags(options), _flags(Config)
     if _wants_help(argv):
-        named = next((word for word in argv if not word.startswith("-")), None)
-        base = load_config(named if named in preset_names() else default or "tiny", model_only=model_only)
+        base = load_config(
+            _named(prog, argv, {**fields, **own}) or default or "tiny", model_only=model_only, trainable=False
+        )
         preset = f"PRESET is the path of a TOML file or one of: {', '.join(preset_names())}."
         _print_help(f"{prog} PRESET", f"{description}\n\n{preset}", options, base)
     words, values = _split(prog, argv, {**fields, **own})
@@ -100,6 +103,23 @@ def parse_words[T](
     if len(words) < len(names):
         raise ConfigError(f"{names[len(words)]} is missing: {' '.join([prog, *names])}; see `{prog} --help`")
     return words, _own_options(options, own, values)
+
+
+def check_writable(flag: str, name: str) -> None:
+    """Refuse a file that could not be written once all is measured; an empty name is none.
+
+    Raises:
+        ConfigError: its folder does not exist, it is a folder, or it may not be written; one line naming ``flag``.
+    """
+    if not name:
+        return
+    path = Path(name)
+    if not path.resolve().parent.is_dir():
+        raise ConfigError(f"{flag} = {name!r} is in a folder that does not exist")
+    if path.is_dir():
+        raise ConfigError(f"{flag} = {name!r} is a folder: name a file in it")
+    if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
+        raise ConfigError(f"{flag} = {name!r} may not be written: name another file")
 
 
 def _own_options[T](options: type[T], own: Mapping[str, _Flag], values: Mapping[str, Any]) -> T:
@@ -178,6 +198,16 @@ def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 def _wants_help(argv: Sequence[str]) -> bool:
     return "--help" in argv or "-h" in argv
+
+
+def _named(prog: str, argv: Sequence[str], table: Mapping[str, _Flag]) -> str | None:
+    """The preset or file that a command line with ``--help`` names, which may have mistakes elsewhere."""
+    rest = [word for word in argv if word not in ("--help", "-h")]
+    try:
+        words, _ = _split(prog, rest, table)
+    except ConfigError:
+        words = [word for word in rest if not word.startswith("-")]
+    return next((word for word in words if word in preset_names() or word.endswith(".toml")), None)
 
 
 def _print_help(prog: str, description: str, options: type, config: Config | None) -> typing.NoReturn:

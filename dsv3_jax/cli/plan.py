@@ -1,6 +1,7 @@
 """``dsv3 plan memory PRESET``: what a device will hold, before anything is compiled; the other plans are next door."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,10 @@ def run(argv: Sequence[str]) -> int:
     config, options = parse_config("dsv3 plan memory", rest, description, Options, trainable=False)
     if options.device_gb < 0:
         raise ConfigError(f"--device-gb = {options.device_gb:g} must not be negative")
+    if not math.isfinite(options.device_gb * 1e9):
+        raise ConfigError(
+            f"--device-gb = {options.device_gb:g} must be a number of GB, such as 80; 0 takes that of mesh.cluster"
+        )
     if not 0 < options.device_share <= 1:
         raise ConfigError(f"--device-share = {options.device_share:g} must be above 0 and at most 1")
     facts = describe_memory(config, options)
@@ -93,9 +98,11 @@ def describe_memory(config: Config, options: Options) -> dict[str, Any]:
 def _print_memory(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     mesh = " x ".join(f"{axis} {size}" for axis, size in facts["mesh"].items())
-    table = Table(title=f"{facts['name']} on {mesh}: one device", title_justify="left")
+    # As Text: square brackets of a name are no markup.
+    table = Table(title=Text(f"{facts['name']} on {mesh}: one device", "table.title"), title_justify="left")
     for heading in ("component", "bytes", "GB"):
         table.add_column(heading, justify="left" if heading == "component" else "right")
 
@@ -113,7 +120,7 @@ def _print_memory(facts: dict[str, Any]) -> None:
     console = Console()
 
     def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     console.print(table)
     told = {"schedule": facts["schedule"], "transport": facts["transport"], "precision": facts["precision"]}

@@ -1,6 +1,7 @@
 """``dsv3 plan pipeline PRESET``: schedules of a pipeline compared, and drawn."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -103,6 +104,8 @@ def _drawn(config: Config, plan: PipelinePlan, *, everything: bool) -> list[Sche
 
 def _check(options: Options) -> None:
     for name, value in asdict(options.time).items():
+        if not math.isfinite(value):
+            raise ConfigError(f"--time.{name} = {value:g} must be a finite number")
         if value < 0 or (name == "pair" and value == 0):
             raise ConfigError(f"--time.{name} = {value:g} must {'be above 0' if name == 'pair' else 'not be negative'}")
     if options.micro_batches < 0:
@@ -114,12 +117,14 @@ def _check(options: Options) -> None:
 def _print(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from sharding.pipeline.plot import TITLES
 
     tokens, ranks = facts["tokens_per_micro_batch"], facts["ranks"]
     title = f"{facts['name']}: {ranks} ranks, {facts['micro_batches']} micro-batches of {tokens:,} tokens"
-    times = Table(title=title, title_justify="left")
+    # As Text: square brackets of a name are no markup.
+    times = Table(title=Text(title, "table.title"), title_justify="left")
     sizes = Table(title="One device", title_justify="left")
     for heading in ("schedule", "time", "bubble", "idle", "formula", "in ticks", "passes", "held"):
         times.add_column(heading, justify="left" if heading == "schedule" else "right")
@@ -139,7 +144,7 @@ def _print(facts: dict[str, Any]) -> None:
     console.print(sizes)
 
     def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     say(
         f"Time: {facts['unit']}. Idle: of each rank; formula: of equal stages. In ticks: the time where neighbours "

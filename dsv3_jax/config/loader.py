@@ -144,7 +144,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path.name} is not TOML: {error}") from error
+        raise ConfigError(f"config file {path} is not TOML: {error}") from error
     tree.setdefault("name", path.stem)
     return _with_base(tree, path.name, path, seen)
 
@@ -180,7 +180,8 @@ def build(cls: type, tree: Any, where: str) -> Any:
     """A dataclass from a mapping of its fields, every key and type checked.
 
     Raises:
-        ConfigError: an unknown, missing or mistyped field, named with ``where`` (such as ``"model."``) before it.
+        ConfigError: an unknown, missing or mistyped field, named with ``where`` (such as ``"model."``) before it; as
+            it is typed, ``--seq-len``, where that begins with dashes.
     """
     if dataclasses.is_dataclass(tree) and isinstance(tree, cls):
         return tree
@@ -189,14 +190,18 @@ def build(cls: type, tree: Any, where: str) -> Any:
     fields = {item.name: item for item in dataclasses.fields(cls)}
     types_ = typing.get_type_hints(cls)
     values = {}
+
+    def told(key: str) -> str:
+        return where + (key.replace("_", "-") if where.startswith("--") else key)
+
     for key, value in tree.items():
         if key not in fields:
             raise ConfigError(f"unknown field {where}{key}{nearest(key, list(fields))}")
-        values[key] = _convert(types_[key], value, f"{where}{key}")
+        values[key] = _convert(types_[key], value, told(key))
     for key, item in fields.items():
         optional = item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
         if key not in values and not optional:
-            raise ConfigError(f"{where}{key} is missing")
+            raise ConfigError(f"{told(key)} is missing")
     return cls(**values)
 
 

@@ -14,7 +14,7 @@ def supported(config: Config, *, trainable: bool = True) -> str | None:
     ``trainable = False`` lets through what plans alone know: pipelines whose schedule the batch is too small for.
     """
     mesh, train, model = config.mesh, config.train, config.model
-    reasons = [_experts(mesh, model), _batch(mesh, train)]
+    reasons = [_experts(mesh, model), _batch(mesh, train), _ticks(mesh)]
     if mesh.pipe > 1 and trainable:
         reasons.append(_stages(mesh, train, model))
     return next((reason for group in reasons for reason in group), None)
@@ -50,16 +50,20 @@ def _batch(mesh: MeshConfig, train: TrainConfig) -> Iterator[str]:
         )
 
 
+def _ticks(mesh: MeshConfig) -> Iterator[str]:
+    """Told without a pipeline too, where nothing reads them."""
+    if mesh.waiting < -1:
+        yield f"mesh.waiting = {mesh.waiting} must be -1 (as many weight gradients as the schedule puts off), 0 or more"
+    if mesh.lag not in (1, 2):
+        yield f"mesh.lag = {mesh.lag} must be 1 (messages travel between ticks) or 2 (beside the next tick)"
+
+
 def _stages(mesh: MeshConfig, train: TrainConfig, model: ModelConfig) -> Iterator[str]:
     ranks, schedule, layers = mesh.pipe, mesh.schedule, model.n_moe_layers
     if not layers:
         yield f"mesh.pipe = {ranks} must be 1: stages share out mixture-of-experts layers, and this model has none"
     if ranks > layers:
         yield f"mesh.pipe = {ranks} must be at most the {layers} mixture-of-experts layers"
-    if mesh.waiting < -1:
-        yield f"mesh.waiting = {mesh.waiting} must be -1 (as many weight gradients as the schedule puts off), 0 or more"
-    if mesh.lag not in (1, 2):
-        yield f"mesh.lag = {mesh.lag} must be 1 (messages travel between ticks) or 2 (beside the next tick)"
     lane = mesh.expert * mesh.data * train.micro_batch_size
     micro_batches = train.batch_size // lane if lane else 1
     counted = f"{micro_batches} (train.batch_size over mesh.expert x mesh.data x train.micro_batch_size)"

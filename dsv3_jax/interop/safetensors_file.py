@@ -55,5 +55,6 @@ def _nothing_found(folder: Path) -> str:
     if loose := sorted(path.name for path in folder.glob("*.safetensors")):
         return f"{folder}: has {', '.join(loose)} but no model.safetensors.index.json; get the index too"
     if pickles := sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)):
-        return f"{folder}: has only pickles ({', '.join(pickles)}); --allow-pickle reads them, without running code"
+        remedy = f"convert it first: dsv3 convert {folder} OUT --to hf --allow-pickle"
+        return f"{folder}: has only pickles ({', '.join(pickles)}), which can run code; {remedy}"
     return f"{folder}: has neither model.safetensors nor model.safetensors.index.json"

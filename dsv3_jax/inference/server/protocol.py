@@ -3,9 +3,10 @@ messages, which hold what answers hold (``refusal`` and the like) and of which t
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dsv3_jax.inference.sequence import MOST_LOGPROBS, Sampling
+from dsv3_jax.inference.server.errors import ApiError
 
 MOST_PROMPTS = 64
 MOST_CHOICES = 16
@@ -35,6 +36,12 @@ class _Request(BaseModel):
     metadata: dict[str, str] | None = None
     """Taken and not used."""
     store: Literal[False] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_characters(cls, given: Any) -> Any:
+        _refuse_surrogates(given)
+        return given
 
     @field_validator("stop")
     @classmethod
@@ -145,3 +152,40 @@ class TextFormat(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     type: Literal["text"]
+
+
+type _Place = tuple[_Place, str | int] | None
+"""Where in a request something stands: in what, and there by which name or number. None is the body."""
+
+
+def _refuse_surrogates(given: Any) -> None:
+    """JSON can spell half a surrogate pair, which no tokenizer reads and no answer can repeat.
+
+    Raises:
+        ApiError: a text or a name anywhere in the request has one; a 400 that names the field.
+    """
+    left: list[tuple[_Place, Any]] = [(None, given)]
+    while left:
+        place, value = left.pop()
+        if isinstance(value, str):
+            _refuse_surrogate(value, place)
+        elif isinstance(value, list):
+            left += [((place, at), item) for at, item in enumerate(value) if isinstance(item, str | list | dict)]
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                _refuse_surrogate(name, place, "the name of a field of ")
+                left.append(((place, name), item))
+
+
+def _refuse_surrogate(text: str, place: _Place, what: str = "") -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        names: list[str | int] = []
+        while place is not None:
+            place, name = place
+            names.insert(0, name)
+        path = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).removeprefix(".")
+        told = f"{what}{path or 'the body'} holds half a surrogate pair at character {error.start}"
+        param = str(names[0]) if names else None
+        raise ApiError(400, f"{told}: send whole characters", param=param) from error

@@ -1,4 +1,4 @@
-"""``dsv3 bench kernels``: its table, its refusals, and what becomes of a room that fails."""
+"""``dsv3 bench kernels``: its table, its refusals, and what becomes of a room that fails; its neighbours' refusals."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ import pytest
 
 import pallas_kernels
 from dsv3_jax.cli import bench, bench_kernels
+from dsv3_jax.cli.main import main
 from dsv3_jax.config import ConfigError
 
 
@@ -50,3 +51,47 @@ def test_every_room_with_a_bench_is_one():
     assert {bench.parent.name for bench in folder.glob("*/bench.py")} == set(bench_kernels.ROOMS)
     text = Path(bench_kernels.__file__).read_text(encoding="utf-8")
     assert ", ".join(bench_kernels.ROOMS) in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--foo"], "unknown option --foo; did you mean '--only'?; see `dsv3 bench kernels --help`"),
+        (["--seconds", "abc"], "--seconds = 'abc' must be a number"),
+        (["--seconds", "0"], "--seconds = 0 must be a finite number above 0"),
+        (["--seconds", "nan"], "--seconds = nan must be a finite number above 0"),
+        (["gemm"], "'gemm' is not expected; see `dsv3 bench kernels --help`"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys, words, told):
+    assert main(["bench", "kernels", *words]) == 2
+    assert capsys.readouterr().err == f"dsv3: error: {told}\n"
+
+
+@pytest.mark.parametrize("command", [["train", "tiny"], ["decode", "tiny"], ["kernels"]])
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(command, capsys, tmp_path, monkeypatch):
+    def measured(*arguments, **settings):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("dsv3_jax.train.bench.bench_step", measured)
+    monkeypatch.setattr("dsv3_jax.inference.bench.random_model", measured)
+    monkeypatch.setattr(bench_kernels, "_obstacle", measured)
+    for name, told in (
+        (str(tmp_path / "nope" / "x.json"), "is in a folder that does not exist"),
+        (str(tmp_path), "is a folder: name a file in it"),
+    ):
+        assert main(["bench", *command, "--json", name]) == 2
+        assert capsys.readouterr().err == f"dsv3: error: --json = {name!r} {told}\n"
+    monkeypatch.setattr("os.access", lambda *arguments: False)
+    name = str(tmp_path / "x.json")
+    assert main(["bench", *command, "--json", name]) == 2
+    assert capsys.readouterr().err == f"dsv3: error: --json = {name!r} may not be written: name another file\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_in_tables_are_no_markup(capsys):
+    bench._print_table({"preset": "[/b]", "devices": 1, "device": "[b]:smile:", "precision": "[/i]"})
+    bench_kernels._print_table([{"room": "permute", "case": "[/b]", "failed": "[/i]"}])
+    printed = capsys.readouterr().out
+    for told in ("[/b] on 1 x [b]:smile:", "[/i] │", "[/b] │", "failed: [/i]"):
+        assert told in " ".join(printed.split())

@@ -57,3 +57,14 @@ def test_a_dense_model_shows_no_experts(capsys):
 def test_a_sequence_without_tokens_is_refused(capsys):
     assert main(["info", "tiny", "--seq-len", "0"]) == 2
     assert capsys.readouterr().err == "dsv3: error: --seq-len = 0 must be greater than 0\n"
+
+
+def test_a_mistyped_option_is_named_as_it_is_typed(capsys):
+    assert main(["info", "tiny", "--seq-len", "abc"]) == 2
+    assert capsys.readouterr().err == "dsv3: error: --seq-len = 'abc' must be a whole number\n"
+
+
+@pytest.mark.parametrize("name", ["[/b]", "[b]x", "[red]a[/red]", ":smile:", "a\\[/b]\\"])
+def test_a_name_is_no_markup(capsys, name):
+    assert main(["info", "tiny", "--name", name]) == 0
+    assert name in capsys.readouterr().out

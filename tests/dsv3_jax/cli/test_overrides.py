@@ -17,6 +17,7 @@ class Options:
     """Run folder of the made-up command."""
     json: bool = False
     count: int = 1
+    most_words: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +127,8 @@ def test_model_only_prefers_the_released_architecture():
         (("--loss.mtp-weight", "[1"), "loss.mtp_weight = '[1' must be a number or a list of {until, value, shape}"),
         (("--train.steps",), "--train.steps needs a value"),
         (("--train.steps", "--json"), "--train.steps needs a value"),
+        (("--most-words", "many"), "--most-words = 'many' must be a whole number"),
+        (("--most_words", "many"), "--most-words = 'many' must be a whole number"),
         (("--count", "many"), "--count = 'many' must be a whole number"),
         (("extra",), "'extra' is not expected after the preset 'tiny'; see `dsv3 train --help`"),
         (("--model.n-group", "3"), "model.n_group = 3 must divide model.n_routed_experts = 16"),
@@ -162,6 +165,32 @@ def test_help_names_every_field_with_the_presets_value_and_all_presets(capsys):
     assert "Run folder of the made-up command." in text
     assert "Tokens a sequence is trained on (T). (default: 1024)" in text
     assert all(name in text for name in preset_names())
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--out", "runs/q", "small", "--help"),
+        ("--out", "tiny", "small", "-h"),
+        ("--help", "small", "--train.steps"),
+        ("--json", "--help", "small"),
+        ("nonsense", "small", "--help"),
+        ("FILE", "--help"),
+        ("--out", "tiny", "FILE", "--help"),
+    ],
+)
+def test_help_shows_the_values_of_the_preset_or_file_that_is_named(argv, capsys, tmp_path):
+    file = tmp_path / "ok.toml"
+    file.write_text('base = "train/tiny"\nname = "[/b]"\n[train]\nseq_len = 1024\n[mesh]\npipe = 2\n')
+    with pytest.raises(SystemExit) as stopped:
+        parse(*(str(file) if word == "FILE" else word for word in argv))
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Tokens a sequence is trained on (T). (default: 1024)" in text
+
+
+def test_help_of_a_file_that_is_not_there_is_one_line(tmp_path):
+    assert refused("no/such.toml", "--help") == "config file 'no/such.toml' does not exist"
 
 
 def test_help_of_a_command_without_a_preset_has_its_options_alone(capsys):

@@ -40,6 +40,13 @@ def test_the_table_ends_with_whether_it_fits(capsys):
         (["plan", "lunch", "tiny"], "dsv3 plan 'lunch' is not known; there is memory, pipeline, compile"),
         (["plan", "memory", "tiny", "--mesh.pipe", "9"], "mesh.pipe = 9 must be at most the 3"),
         (["plan", "memory", "tiny", "--device-share", "1.5"], "--device-share = 1.5 must be above 0 and at most 1"),
+        (["plan", "memory", "tiny", "--device-gb", "-1"], "--device-gb = -1 must not be negative"),
+        (["plan", "memory", "tiny", "--device-gb", "nan"], "--device-gb = nan must be a number of GB, such as 80; 0 "),
+        (["plan", "memory", "tiny", "--device-gb", "inf"], "--device-gb = inf must be a number of GB"),
+        (["plan", "memory", "tiny", "--device-gb", "1e300"], "--device-gb = 1e+300 must be a number of GB"),
+        (["plan", "memory", "tiny", "--device-share", "nan"], "--device-share = nan must be above 0 and at most 1"),
+        (["train", "tiny", "--mesh.lag", "3", "--out", "x"], "mesh.lag = 3 must be 1"),
+        (["train", "tiny", "--mesh.waiting", "-2", "--out", "x"], "mesh.waiting = -2 must be -1"),
         (["train", "tiny", "--mesh.pipe", "2", "--mesh.lag", "3", "--out", "x"], "mesh.lag = 3 must be 1"),
     ],
 )
@@ -49,3 +56,9 @@ def test_mistakes_are_one_line(capsys, words, line):
     assert told.startswith("dsv3: error: ")
     assert line in told
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["[/b]", "[b]x", ":smile:"])
+def test_a_name_is_no_markup(capsys, name):
+    assert main(["plan", "memory", "tiny", "--name", name]) == 0
+    assert f"{name} on pipe 1 " in capsys.readouterr().out

@@ -62,6 +62,9 @@ def test_a_bound_of_waiting_weight_gradients_is_told(capsys):
         (["tiny", "--mesh.pipe", "2", "--mesh.schedule", "zb2"], "zb2"),
         (["tiny", "--mesh.pipe", "2", "--time.pair", "0"], "--time.pair = 0 must be above 0"),
         (["tiny", "--mesh.pipe", "2", "--time.send", "-1"], "--time.send = -1 must not be negative"),
+        (["tiny", "--mesh.pipe", "2", "--time.pair", "nan"], "--time.pair = nan must be a finite number"),
+        (["tiny", "--mesh.pipe", "2", "--time.forward", "inf"], "--time.forward = inf must be a finite number"),
+        (["tiny", "--mesh.pipe", "2", "--mesh.lag", "3"], "mesh.lag = 3 must be 1"),
         (["tiny", "--mesh.pipe", "2", "--micro-batches", "-1"], "--micro-batches = -1 must not be negative"),
         (["tiny", "--mesh.pipe", "2", "--out", "a.pdf"], "--out = 'a.pdf' must end in .png"),
         (["tiny", "--mesh.pipe", "9"], "mesh.pipe = 9 must be at most the 3"),
@@ -73,3 +76,11 @@ def test_mistakes_are_one_line(capsys, words, line):
     assert told.startswith("dsv3: error: ")
     assert line in told
     assert told.count("\n") == 1
+
+
+def test_a_name_and_a_picture_s_path_are_no_markup(capsys, tmp_path):
+    picture = tmp_path / "[b]:smile:.png"
+    assert main([*PIPE, "--time.forward", "1", "--name", "[/b]", "--out", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert "[/b]: 2 ranks, 4 micro-batches" in out
+    assert out.splitlines()[-1] == f"Drawn: {picture}"

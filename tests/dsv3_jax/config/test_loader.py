@@ -216,15 +216,16 @@ def test_a_missing_file_is_named():
 
 
 def test_text_that_is_not_toml_names_the_file_and_the_place(tmp_path):
-    message = refused(write(tmp_path, "broken.toml", "[model\nhidden_size = 3\n"))
-    assert message.startswith("config file broken.toml is not TOML: ")
+    path = write(tmp_path, "broken.toml", "[model\nhidden_size = 3\n")
+    message = refused(path)
+    assert message.startswith(f"config file {path.resolve()} is not TOML: ")
     assert "line 1" in message
 
 
 def test_bytes_that_are_not_text_are_refused_as_toml(tmp_path):
     path = tmp_path / "binary.toml"
     path.write_bytes(bytes(range(256)))
-    assert refused(path).startswith("config file binary.toml is not TOML: ")
+    assert refused(path).startswith(f"config file {path.resolve()} is not TOML: ")
 
 
 def test_an_unknown_base_is_named_with_the_nearest(tmp_path):

@@ -3,6 +3,8 @@
 import itertools
 from typing import Any
 
+import pytest
+
 from dsv3_jax.config import replace, supported
 from tests.dsv3_jax import micro
 
@@ -32,3 +34,13 @@ def test_every_combination_runs_but_those_that_the_design_excludes():
             assert reason is None or ("mesh." in reason and "\n" not in reason)
             count += reason is None
     assert count > 1000
+
+
+@pytest.mark.parametrize("pipe", [1, 2])
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize(("field", "value"), [("lag", 3), ("lag", 0), ("waiting", -2)])
+def test_ticks_and_waiting_gradients_that_cannot_be_are_told_whatever_the_pipe(pipe, trainable, field, value):
+    mesh: dict[str, Any] = {"pipe": pipe, field: value}
+    reason = supported(replace(CONFIG, mesh=mesh), trainable=trainable)
+    assert reason is not None
+    assert reason.startswith(f"mesh.{field} = {value} must be ")

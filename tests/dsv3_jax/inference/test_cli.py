@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import socket
 
 import pytest
 
@@ -39,10 +40,29 @@ def command(folder, capsys):
 
 @pytest.fixture
 def stdin(monkeypatch):
-    def put(raw):
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw)))
+    def put(raw, **how):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), **how))
 
     return put
+
+
+@pytest.fixture
+def refused(capsys, folder, monkeypatch):
+    """``(command, *words) -> the one line`` of a mistake that is told before the model is loaded."""
+
+    def loaded(*_, **__):
+        raise AssertionError("the model was loaded before the mistake was told")
+
+    def call(command, *words):
+        with monkeypatch.context() as patch:
+            patch.setattr("dsv3_jax.interop.pretrained.from_pretrained", loaded)
+            assert main([command, "--checkpoint", str(folder), *words]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        (line,) = err.splitlines()
+        return line
+
+    return call
 
 
 def test_text_is_the_decoded_tokens(run):
@@ -126,6 +146,17 @@ def test_binary_standard_input_is_a_mistake(command, stdin):
     assert "standard input is not UTF-8" in err
 
 
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_standard_input_that_is_closed_is_one_line(refused, monkeypatch, command):
+    monkeypatch.setattr("sys.stdin", None)
+    assert "standard input is closed" in refused(command)
+
+
+def test_a_prompt_needs_no_standard_input(command, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert command("--prompt", PROMPT)[0] == 0
+
+
 def test_a_missing_folder_is_one_line_and_status_2(capsys, tmp_path):
     assert main(["generate", "--checkpoint", str(tmp_path / "none"), "--prompt", "a"]) == 2
     assert main(["generate", "--prompt", "a"]) == 2
@@ -176,6 +207,29 @@ def test_a_chat_too_long_is_told_and_forgotten(capsys, folder, stdin):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        (["--temperature", "-1"], "temperature = -1"),
+        (["--temperature", "nan"], "temperature = nan"),
+        (["--top-p", "5"], "top_p = 5"),
+        (["--seed", "-1"], "seed = -1"),
+        (["--max-new-tokens", "0"], "max_new_tokens = 0"),
+        (["--system", "a\udcff"], "--system is not UTF-8"),
+    ],
+)
+def test_a_chat_that_cannot_be_ends_before_it_begins(refused, stdin, words, told):
+    stdin(b"a\n")
+    assert told in refused("chat", *words)
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_chat_of_other_bytes_than_text_is_one_line(capsys, folder, stdin, errors):
+    stdin(b"hello\xff\n", encoding="utf-8", errors=errors)
+    assert main(["chat", "--checkpoint", str(folder)]) == 2
+    assert "standard input is not UTF-8" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
         (["--host", "0.0.0.0"], "--host 0.0.0.0 is open to others: give a key"),
         (["--host", "example.org"], "is open to others"),
         (["--api-key-file", "none"], "--api-key-file none cannot be read"),
@@ -185,23 +239,60 @@ def test_a_chat_too_long_is_told_and_forgotten(capsys, folder, stdin):
 )
 def test_a_server_that_cannot_be_is_one_line(capsys, folder, monkeypatch, words, told):
     monkeypatch.delenv("DSV3_API_KEY", raising=False)
-    assert main(["serve", "--checkpoint", str(folder), *words]) == 2
+    assert main(["serve", "--checkpoint", str(folder), "--port", "0", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert told in line
+
+
+@pytest.mark.parametrize("number", ["max-body", "max-new-tokens", "max-seconds"])
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_a_servers_numbers_are_positive(refused, number, value):
+    assert f"--{number} = {value}" in refused("serve", f"--{number}", value)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--port", "-1"], "--port = -1 must be between 0 and 65535"),
+        (["--port", "65536"], "--port = 65536 must be between 0 and 65535"),
+        (["--max-seconds", "nan"], "--max-seconds = nan"),
+        (["--max-waiting", "-1"], "--max-waiting = -1 must not be negative"),
+        (["--model-name", "a\udcff"], "--model-name = 'a\\udcff' is not UTF-8"),
+    ],
+)
+def test_a_number_or_name_that_no_server_has_is_told_first(refused, words, told):
+    assert told in refused("serve", *words)
+
+
+def test_a_place_that_cannot_be_had_is_told_first(refused, monkeypatch):
+    monkeypatch.setenv("DSV3_API_KEY", "secret")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        line = refused("serve", "--port", port)
+    assert f"--host 127.0.0.1 --port {port} cannot be listened on (Address already in use)" in line
+    for host in ("192.0.2.1", "a" * 70):  # of no machine, and no name
+        line = refused("serve", "--port", "0", "--host", host)
+        assert f"--host {host} --port 0 cannot be listened on" in line
+        assert "give --host an address of this machine" in line
 
 
 def test_the_served_application_is_the_checkpoints(folder, monkeypatch, tmp_path):
     """What is handed to the HTTP server, with its limits and its key."""
     uvicorn = pytest.importorskip("uvicorn")
     handed = {}
-    monkeypatch.setattr(uvicorn, "run", lambda app, **how: handed.update(how, server=app.state.server))
+
+    def run(server, sockets):
+        handed.update(server=server.config.app.state.server, where=sockets[0].getsockname())
+        socket.create_connection(handed["where"]).close()
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
     key = tmp_path / "key"
     key.write_text("secret\n")
     words = [
         "--host",
         "0.0.0.0",
         "--port",
-        "81",
+        "0",
         "--api-key-file",
         str(key),
         "--max-batch",
@@ -210,6 +301,30 @@ def test_the_served_application_is_the_checkpoints(folder, monkeypatch, tmp_path
         "false",
     ]
     assert main(["serve", "--checkpoint", str(folder), *words]) == 0
-    assert (handed["host"], handed["port"]) == ("0.0.0.0", 81)
+    assert handed["where"][0] == "0.0.0.0"
     options, engine = handed["server"].options, handed["server"].engine
     assert (options.api_key, options.model_name, engine.options.max_batch) == ("secret", folder.name, 2)
+
+
+def test_a_place_that_another_takes_meanwhile_is_one_line(folder, monkeypatch, capsys):
+    uvicorn = pytest.importorskip("uvicorn")
+    from dsv3_jax.cli import serve
+
+    class Taken(socket.socket):
+        def listen(self, *_):
+            raise OSError(98, "Address already in use")
+
+    monkeypatch.setattr(serve.socket, "socket", Taken)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: pytest.fail("it ran"))
+    assert main(["serve", "--checkpoint", str(folder), "--port", "0", "--max-batch", "1"]) == 2
+    assert "cannot be listened on (Address already in use)" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_server_that_does_not_start_is_status_1_not_uvicorns(folder, monkeypatch):
+    uvicorn = pytest.importorskip("uvicorn")
+
+    def run(server, sockets):
+        raise SystemExit(3)
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    assert main(["serve", "--checkpoint", str(folder), "--port", "0", "--max-batch", "1"]) == 1

@@ -162,7 +162,8 @@ def pickled(ragged, tmp_path_factory):
 
 
 def test_pickles_are_read_only_when_asked_for(pickled, ragged):
-    assert "only pickles (pytorch_model.bin); --allow-pickle" in refusal(pickled)
+    remedy = f"which can run code; convert it first: dsv3 convert {pickled} OUT --to hf --allow-pickle"
+    assert refusal(pickled).endswith(f"only pickles (pytorch_model.bin), {remedy}")
     from_pretrained(pickled, allow_pickle=True)
 
 
@@ -204,6 +205,11 @@ def test_mistakes_are_status_2_and_one_line(ragged, pickled, changed, tmp_path, 
         (ragged / "bf16", out, "--step", "3"): "--step",
         (ragged / "bf16", out, "--dtype", "fp7"): "fp7",
         (ragged / "bf16", out, "--buffer-mb", "0"): "--buffer-mb = 0",
+        (ragged / "bf16", out, "--buffer-mb", str(10**400)): "--buffer-mb = 1000",
+        (ragged / "bf16", out, "--shard-gb", "nan"): "--shard-gb = nan must be greater than 0 and at most 1e9",
+        (ragged / "bf16", out, "--shard-gb", "inf"): "--shard-gb = inf",
+        (ragged / "bf16", out, "--shard-gb", "1e300"): "--shard-gb = 1e+300",
+        (ragged / "bf16", ragged / "bf16", "--force"): "name DST elsewhere",
         (ragged / "bf16",): "DST",
         (pickled, out): "--allow-pickle",
         (broken, out): "missing: model.norm.weight",

@@ -211,6 +211,51 @@ def test_what_is_no_request_gets_an_error_object_too(server, method, path, body,
     assert set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
 
 
+HALF = "a\ud800"
+
+
+@pytest.mark.parametrize(
+    ("route", "asked", "told", "param"),
+    [
+        ("", {"prompt": HALF}, "prompt holds half a surrogate pair at character 1", "prompt"),
+        ("", {"prompt": ["a", HALF]}, "prompt[1] holds", "prompt"),
+        ("", {"prompt": "a", "stop": HALF}, "stop holds", "stop"),
+        ("", {"prompt": "a", "stop": ["b", HALF]}, "stop[1] holds", "stop"),
+        ("", {"prompt": "a", "model": HALF}, "model holds", "model"),
+        ("", {"prompt": "a", HALF: 1}, "the name of a field of the body holds", None),
+        ("", HALF, "the body holds", None),
+        ("chat/", {"messages": [{"role": "user", "content": HALF}]}, "messages[0].content holds", "messages"),
+        (
+            "chat/",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]},
+            "messages[0].content[0].text holds",
+            "messages",
+        ),
+        (
+            "chat/",
+            {
+                "messages": [
+                    {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": HALF}}}]}
+                ]
+            },
+            "messages[0].tool_calls[0].function.arguments.x holds",
+            "messages",
+        ),
+    ],
+)
+def test_half_a_surrogate_pair_is_a_400_that_says_where(server, route, asked, told, param):
+    body = json.dumps(asked).encode()
+    status, text = raw(server, "POST", f"/v1/{route}completions", body, {"Content-Type": "application/json"})
+    error = json.loads(text)["error"]
+    assert (status, error["param"]) == (400, param)
+    assert told in error["message"]
+
+
+def test_a_whole_surrogate_pair_is_a_character(server):
+    body = b'{"prompt": "\\ud83d\\ude00", "max_tokens": 1}'
+    assert raw(server, "POST", "/v1/completions", body, {"Content-Type": "application/json"})[0] == 200
+
+
 def test_a_body_that_does_not_tell_its_length_is_measured(server):
     chunks = iter([b" " * (1 << 19)] * 3)
     headers = {"Content-Type": "application/json", "Transfer-Encoding": "chunked"}
