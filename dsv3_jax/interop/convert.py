@@ -119,7 +119,7 @@ def convert(
         progress: called with the phase, the bytes done and the bytes in all.
 
     Raises:
-        ConfigError: a folder that is not there or may not be replaced, ``src`` and ``dst`` within one another, or an
+        ConfigError: a folder that is not there or may not be replaced, ``dst`` that is or holds ``src``, or an
             architecture without a published layout.
         WeightsError: tensors that are missing, unexpected, damaged or read back different.
     """
