@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from dsv3_jax.cli.compile_cache import Kept
-from dsv3_jax.cli.overrides import parse_config
+from dsv3_jax.cli.overrides import check_writable, parse_config
 from dsv3_jax.config import Config, ConfigError, to_toml
 from sharding.flags import apply_gpu_flags
 
@@ -120,8 +120,7 @@ def _check(options: Options) -> None:
             raise ConfigError(f"--{name} = {getattr(options, name):g} must be above 0")
     if options.ahead and "off" in (options.compile_cache, os.environ.get("DSV3_COMPILE_CACHE")):
         raise ConfigError("--ahead needs a folder for compiled programs: the cache is off (--compile-cache)")
-    if options.json and not Path(options.json).resolve().parent.is_dir():
-        raise ConfigError(f"--json = {options.json!r} is in a folder that does not exist")
+    check_writable("--json", options.json)
     if options.resume and not options.json:
         raise ConfigError("--resume needs --json: the file of the run to go on with")
 

@@ -38,7 +38,7 @@ LEGEND = (
 
 def print_table(title: str, lines: Sequence[Figures], refused: Mapping[str, str], tolerance: float = 0.0) -> None:
     """The lines, why the others are not there, and what the columns are."""
-    table = Table(title=Text(title), title_justify="left")
+    table = Table(title=Text(title, "table.title"), title_justify="left")
     for name in _COLUMNS:
         table.add_column(name, justify="left" if name in ("row", "mesh", "losses") else "right", overflow="fold")
     for line in lines:

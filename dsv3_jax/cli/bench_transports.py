@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.cli.overrides import parse_options
+from dsv3_jax.cli.overrides import check_writable, parse_options
 from dsv3_jax.config import ConfigError
 from sharding.flags import apply_gpu_flags
 
@@ -57,6 +57,7 @@ def run(argv: Sequence[str]) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} = {getattr(options, name)} must not be negative")
     if options.choices > options.experts:
         raise ConfigError(f"--choices = {options.choices} must be at most --experts = {options.experts}")
+    check_writable("--json", options.json)
     apply_gpu_flags(os.environ, options.gpus or 2)
     import jax
 

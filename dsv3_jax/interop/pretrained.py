@@ -12,7 +12,8 @@ from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.interop.block_fp8 import E4M3
 from dsv3_jax.interop.checkpoint_choice import Weights
-from dsv3_jax.interop.convert import Options, check_destination, write_weights
+from dsv3_jax.interop.convert import Options, write_weights
+from dsv3_jax.interop.destination import check_destination
 from dsv3_jax.interop.folder_files import tokenizer_texts
 from dsv3_jax.interop.hf_config import WeightsDtype
 from dsv3_jax.interop.leaves import Placement, load_leaves

@@ -62,6 +62,12 @@ def contents(folder, leave_out=("conversion.json",)):
     return {name: data for name, data in files.items() if name not in leave_out}
 
 
+def weights(folder):
+    """Those of :func:`contents` that hold tensors, or say where they are."""
+    kinds = (".safetensors", ".bin", ".index.json")
+    return {name: data for name, data in contents(folder).items() if name.endswith(kinds)}
+
+
 def bits(array):
     """For exact comparison, NaN and signed zeros too."""
     array = np.ascontiguousarray(array)
