@@ -47,13 +47,15 @@ class Block(nnx.Module):
         form: AttentionForm = "naive",
     ) -> tuple[Float[Array, "B T D"], MoEAux | None, LayerCache | None]:
         """The block's output, its routing record where it routes, and its cache where one was given."""
-        normed = self.attention.prepare(x, self.attention_norm)
+        normed, x = self.attention.normalize(x, self.attention_norm)
         attended, cache = self.attention(normed, positions, cache, form)
         x = checkpoint_name(x + attended, "residual")
         if self.is_moe:
-            out, aux = self.moe(self.moe.prepare(x, self.ffn_norm), balance, serving=cache is not None)
+            normed, x = self.moe.normalize(x, self.ffn_norm)
+            out, aux = self.moe(normed, balance, serving=cache is not None)
         else:
-            out, aux = self.ffn(self.ffn.prepare(x, self.ffn_norm)), None
+            normed, x = self.ffn.normalize(x, self.ffn_norm)
+            out, aux = self.ffn(normed), None
         return x + out, aux, cache
 
 

@@ -7,7 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.nn.fp8 import Quantized
+from dsv3_jax.nn.fp8 import Normalized, Quantized
 from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.norm import RMSNorm
 
@@ -40,9 +40,9 @@ class FeedForward(nnx.Module):
         self.gate_up = Linear(config, config.hidden_size, 2 * width, rngs=rngs)
         self.down = Linear(config, width, config.hidden_size, rngs=rngs)
 
-    def prepare(self, x: Float[Array, "*rows D"], norm: RMSNorm) -> Float[Array, "*rows D"] | Quantized:
-        """``norm(x)`` as the network reads it."""
-        return self.gate_up.prepare(x, norm)
+    def normalize(self, x: Float[Array, "*rows D"], norm: RMSNorm) -> Normalized:
+        """``norm(x)`` as the network reads it, and ``x`` for the residual path."""
+        return self.gate_up.normalize(x, norm)
 
     def __call__(self, x: Float[Array, "*rows D"] | Quantized) -> Float[Array, "*rows D"]:
         """``down(silu(gate(x)) * up(x))``."""

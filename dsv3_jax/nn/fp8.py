@@ -83,6 +83,10 @@ class Quantized:
         return self.source.shape
 
 
+Normalized = tuple[Float[Array, "*rows K"] | Quantized, Float[Array, "*rows K"]]
+"""A norm's output as products read it, and the norm's input for the residual path past it (see :func:`normalize`)."""
+
+
 class Groups(NamedTuple):
     """Which expert each block of 128 rows belongs to; see :func:`~pallas_kernels.grouped_fp8_gemm.grouped_fp8_gemm`."""
 
@@ -137,14 +141,19 @@ def normalize(
     *,
     power_of_two: bool = False,
     with_output: bool = False,
-) -> Quantized:
+) -> tuple[Quantized, Float[Array, "*rows K"]]:
     """:func:`quantize` of RMSNorm's output in one pass; ``x`` alone is kept, from which the backward normalizes again.
 
     Without ``with_output`` zeros stand for the output, which is then never written.
+
+    Returns:
+        The normalized rows; and ``x`` for a residual path, whose gradient the norm's backward adds in its one pass.
     """
     x_MK = x.reshape(-1, x.shape[-1])
-    tiles, y = norm_quantize(pad_rows(x_MK), scale, eps=eps, power_of_two=power_of_two, with_output=with_output)
-    return Quantized(y[: x_MK.shape[0]].reshape(x.shape), tiles, power_of_two)
+    how = {"eps": eps, "power_of_two": power_of_two, "with_output": with_output}
+    tiles, y, again = norm_quantize(pad_rows(x_MK), scale, **how)
+    y, again = (rows[: x_MK.shape[0]].reshape(x.shape) for rows in (y, again))
+    return Quantized(y, tiles, power_of_two), again
 
 
 def linear(x: Quantized, weight: FP8Weight) -> Float[Array, "*rows N"]:

@@ -18,8 +18,7 @@ from pallas_kernels.quantize import (
     PackedE5M6,
     quantize_and_pack,
     quantize_both,
-    quantize_columns,
-    unpack_e5m6,
+    unpack_and_quantize_columns,
 )
 from pallas_kernels.quantize.reference import pad_to_tiles
 
@@ -69,8 +68,8 @@ def _backward(scale: float, kept: _Kept, dy: Array) -> tuple[Array, Array, Array
     out, dy = lax.optimization_barrier((stored, dy))
     dim_d = dy.shape[-1]
     dy_rows, dy_columns = quantize_both(pad_to_tiles(dy.reshape(-1, dim_d), 2))
-    o_MX = unpack_e5m6(out, dy.dtype)
-    dw_XD = wgrad(quantize_columns(o_MX, power_of_two=True), dy_columns, None)
+    o_MX, o_columns = unpack_and_quantize_columns(out, dy.dtype)
+    dw_XD = wgrad(o_columns, dy_columns, None)
     shape = (*q.shape[:3], v.shape[3])
     do_BTNW = trim(gemm(dy_rows, codes, None, dy.dtype), dy.shape[:-1], o_MX.shape[1]).reshape(shape)
     o_BTNW = trim(o_MX, dy.shape[:-1], o_MX.shape[1]).reshape(shape)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.nn import fp8
-from dsv3_jax.nn.fp8 import FP8Weight, Quantized
+from dsv3_jax.nn.fp8 import FP8Weight, Normalized, Quantized
 from dsv3_jax.nn.norm import RMSNorm
 from pallas_kernels.precision import matmul_precision
 
@@ -83,16 +83,15 @@ class Linear(nnx.Module):
     def __init__(self, config: ModelConfig, size_in: int, size_out: int, *, rngs: nnx.Rngs):
         self.kernel = nnx.Param(init_weight(config, rngs, size_in, size_out))
 
-    def prepare(
-        self, x: Float[Array, "*rows in_"], norm: RMSNorm | None = None
-    ) -> Float[Array, "*rows in_"] | Quantized:
-        """``x``, or ``norm(x)``, as the product reads it, for one or several layers that read the same.
+    def prepare(self, x: Float[Array, "*rows in_"]) -> Float[Array, "*rows in_"] | Quantized:
+        """``x`` as the product reads it, for one or several layers that read the same: tiles for a weight in FP8."""
+        return fp8.quantize(x) if isinstance(self.kernel.get_value(), FP8Weight) else x
 
-        Where the weight is in FP8 it is tiles, and of a norm's output nothing else.
-        """
+    def normalize(self, x: Float[Array, "*rows in_"], norm: RMSNorm) -> Normalized:
+        """``norm(x)`` as the product reads it, in FP8 nothing but tiles, and ``x`` for a residual path."""
         if not isinstance(self.kernel.get_value(), FP8Weight):
-            return x if norm is None else norm(x)
-        return fp8.quantize(x) if norm is None else fp8.normalize(x, norm.scale[...], norm.eps)
+            return norm(x), x
+        return fp8.normalize(x, norm.scale[...], norm.eps)
 
     def __call__(self, x: Float[Array, "*rows in_"] | Quantized) -> Float[Array, "*rows out"]:
         """The product, in x's dtype."""

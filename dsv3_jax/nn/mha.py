@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.nn.attention import attend_and_project
 from dsv3_jax.nn.cache import LayerCache, read_cache, write_cache
-from dsv3_jax.nn.fp8 import Quantized
+from dsv3_jax.nn.fp8 import Normalized, Quantized
 from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.mla import AttentionForm
 from dsv3_jax.nn.norm import RMSNorm
@@ -27,9 +27,9 @@ class MHA(nnx.Module):
         self.value = Linear(config, config.hidden_size, kv_width, rngs=rngs)
         self.out = Linear(config, width, config.hidden_size, rngs=rngs)
 
-    def prepare(self, x: Float[Array, "B T D"], norm: RMSNorm) -> Float[Array, "B T D"] | Quantized:
-        """``norm(x)`` as the input projections read it."""
-        return self.query.prepare(x, norm)
+    def normalize(self, x: Float[Array, "B T D"], norm: RMSNorm) -> Normalized:
+        """``norm(x)`` as the input projections read it, and ``x`` for the residual path."""
+        return self.query.normalize(x, norm)
 
     def __call__(
         self,

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.nn.attention import attend_and_project
 from dsv3_jax.nn.cache import LayerCache, read_cache, write_cache
-from dsv3_jax.nn.fp8 import Quantized
+from dsv3_jax.nn.fp8 import Normalized, Quantized
 from dsv3_jax.nn.fp8_stored import StoredFP8
 from dsv3_jax.nn.linear import Linear
 from dsv3_jax.nn.norm import RMSNorm
@@ -49,16 +49,18 @@ class MLA(nnx.Module):
         self.kv_up = Linear(config, config.kv_lora_rank, heads * kv_width, rngs=rngs)
         self.out = Linear(config, heads * config.v_head_dim, config.hidden_size, rngs=rngs)
 
-    def prepare(self, x: Float[Array, "B T D"], norm: RMSNorm) -> Float[Array, "B T D"] | Quantized:
-        """``norm(x)`` as the input projections read it."""
-        return self.kv_down.prepare(x, norm)
+    def normalize(self, x: Float[Array, "B T D"], norm: RMSNorm) -> Normalized:
+        """``norm(x)`` as the input projections read it, and ``x`` for the residual path."""
+        return self.kv_down.normalize(x, norm)
 
     def queries(
         self, x: Float[Array, "B T D"] | Quantized, positions: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T N U"], Float[Array, "B T N R"]]:
         """Query parts without and with RoPE."""
         config = self.config
-        latent = self.q_up.prepare(checkpoint_name(self.q_down(x), "latent"), self.q_norm) if config.q_lora_rank else x
+        latent = x
+        if config.q_lora_rank:
+            latent, _ = self.q_up.normalize(checkpoint_name(self.q_down(x), "latent"), self.q_norm)
         q_BTNH = self.q_up(latent).reshape(*x.shape[:2], config.num_attention_heads, config.qk_head_dim)
         q_BTNU, q_BTNR = jnp.split(q_BTNH, [config.qk_nope_head_dim], axis=-1)
         return q_BTNU, rotate(q_BTNR, rotation(config, positions), interleave=config.rope_interleave)
@@ -99,7 +101,8 @@ class MLA(nnx.Module):
         q_BTNU, q_BTNR = self.queries(inputs, positions)
         ckv_BTC, key_BTR = self.latents(inputs, positions)
         if cache is None:
-            k_BTNH, v_BTNW = self.expand(self.kv_up.prepare(ckv_BTC, self.kv_norm), key_BTR)
+            normed, _ = self.kv_up.normalize(ckv_BTC, self.kv_norm)
+            k_BTNH, v_BTNW = self.expand(normed, key_BTR)
             q_BTNH = jnp.concatenate([q_BTNU, q_BTNR], axis=-1)
             return attend_and_project(q_BTNH, k_BTNH, v_BTNW, self.out, scale=self.scale), None
         cache = write_cache(cache, self.kv_norm(ckv_BTC), key_BTR, positions)

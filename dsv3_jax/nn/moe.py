@@ -11,7 +11,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.nn import fp8
 from dsv3_jax.nn.experts import few_tokens_experts, swiglu_experts
 from dsv3_jax.nn.ffn import FeedForward
-from dsv3_jax.nn.fp8 import Quantized
+from dsv3_jax.nn.fp8 import Normalized, Quantized
 from dsv3_jax.nn.fp8_experts import expert_network, fp8_experts
 from dsv3_jax.nn.linear import init_weight
 from dsv3_jax.nn.norm import RMSNorm
@@ -50,10 +50,10 @@ class MoE(nnx.Module):
         if config.n_shared_experts:
             self.shared = FeedForward(config, config.n_shared_experts * width, rngs=rngs)
 
-    def prepare(self, x: Float[Array, "B T D"], norm: RMSNorm) -> Float[Array, "B T D"] | Quantized:
-        """``norm(x)`` as the layer reads it: in FP8 also as tiles, which all experts share."""
+    def normalize(self, x: Float[Array, "B T D"], norm: RMSNorm) -> Normalized:
+        """``norm(x)`` as the layer reads it, in FP8 also as tiles, which all experts share, and ``x``."""
         if not isinstance(self.gate_up.get_value(), fp8.FP8Weight):
-            return norm(x)
+            return norm(x), x
         return fp8.normalize(x, norm.scale[...], norm.eps, power_of_two=True, with_output=True)
 
     def __call__(

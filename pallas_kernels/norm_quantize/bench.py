@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import memory_bench
-from pallas_kernels.norm_quantize import cases, pallas_sm90, reference
+from pallas_kernels.norm_quantize import backward_sm90, cases, pallas_sm90, reference
 from pallas_kernels.quantize import pallas_sm90 as quantizer
 from pallas_kernels.quantize.reference import TILE, Tiles
 
@@ -41,8 +41,16 @@ def run(bench: memory_bench.MemoryBench, case: cases.Case) -> None:
         bench.measure(case.name, operation, "pallas", kernel, inputs, **compared, sustained=True)
         if not with_output:
             bench.measure(case.name, operation, "two steps", _in_two_steps, (x, weight), moved_bytes=moved)
-    backward = functools.partial(reference.norm_backward, eps=EPS)
-    bench.measure(case.name, "norm_backward", "xla", backward, (x, weight, dy), moved_bytes=6 * x.size)
+    for dresidual in (None, jax.random.normal(keys[0], case.shape, jnp.bfloat16)):
+        operation = "norm_backward" + ("" if dresidual is None else " + residual")
+        moved = (6 if dresidual is None else 8) * x.size
+        inputs = (x, weight, dy, dresidual)
+        portable = functools.partial(reference.norm_backward, eps=EPS)
+        baseline = bench.measure(case.name, operation, "xla", portable, inputs, moved_bytes=moved)
+        kernel = functools.partial(backward_sm90.norm_backward, eps=EPS)
+        bench.measure(
+            case.name, operation, "pallas", kernel, inputs, moved_bytes=moved, against=baseline, sustained=True
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:

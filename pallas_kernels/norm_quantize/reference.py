@@ -28,13 +28,23 @@ def norm_quantize(
 
 
 def norm_backward(
-    x_MK: Float[Array, "M K"], weight_K: Float[Array, " K"], dy_MK: Float[Array, "M K"], eps: float
+    x_MK: Float[Array, "M K"],
+    weight_K: Float[Array, " K"],
+    dy_MK: Float[Array, "M K"],
+    dresidual_MK: Float[Array, "M K"] | None = None,
+    *,
+    eps: float,
 ) -> tuple[Float[Array, "M K"], Float32[Array, " K"]]:
-    """Gradients of x, in its dtype, and of the weight, in float32; the norm is computed again."""
+    """Gradients of x, in its dtype, and of the weight, in float32; the norm is computed again.
+
+    ``dresidual_MK`` is what reaches x beside the norm: it is added before the sum is rounded.
+    """
     x32_MK, dy32_MK = x_MK.astype(jnp.float32), dy_MK.astype(jnp.float32)
     inverse_M1 = lax.rsqrt(jnp.mean(jnp.square(x32_MK), axis=1, keepdims=True) + eps)
     normal_MK = x32_MK * inverse_M1
     dnormal_MK = dy32_MK * weight_K.astype(jnp.float32)
     along_M1 = jnp.mean(dnormal_MK * normal_MK, axis=1, keepdims=True)
     dx_MK = (dnormal_MK - normal_MK * along_M1) * inverse_M1
+    if dresidual_MK is not None:
+        dx_MK += dresidual_MK.astype(jnp.float32)
     return dx_MK.astype(x_MK.dtype), jnp.sum(dy32_MK * normal_MK, axis=0)

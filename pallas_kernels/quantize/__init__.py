@@ -10,6 +10,7 @@ from pallas_kernels.quantize.op import (
     quantize_rows,
     quantize_weight,
     requantize_columns,
+    unpack_and_quantize_columns,
 )
 from pallas_kernels.quantize.reference import Blocks, Tiles, dequantize_blocks, dequantize_rows, quantize_blocks
 
@@ -29,5 +30,6 @@ __all__ = [
     "quantize_rows",
     "quantize_weight",
     "requantize_columns",
+    "unpack_and_quantize_columns",
     "unpack_e5m6",
 ]

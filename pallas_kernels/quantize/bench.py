@@ -98,6 +98,15 @@ def run_storage(bench: memory_bench.MemoryBench, case: cases.Case, x: Array, tun
     unpack = functools.partial(e5m6.unpack_e5m6, dtype=jnp.bfloat16)
     bench.measure(case.name, "unpack_e5m6", "xla", unpack, (packed,), moved_bytes=7 * x.size // 2)
 
+    def in_two_steps(stored: e5m6.PackedE5M6) -> tuple[Array, reference.Tiles]:
+        back = jax.lax.optimization_barrier(unpack(stored))
+        return back, pallas_sm90.quantize_columns(back, True)
+
+    measure = functools.partial(bench.measure, case.name, "unpack, columns", arguments=(packed,), moved_bytes=moved)
+    expected, baseline = jax.jit(in_two_steps)(packed), measure("two steps", in_two_steps)
+    kernel = functools.partial(e5m6_sm90.unpack_and_quantize_columns, dtype=jnp.bfloat16)
+    measure("pallas", kernel, expected=expected, against=baseline, sustained=True)
+
 
 def run_weights(bench: memory_bench.MemoryBench, case: cases.Case, tune: bool) -> None:
     """Both orientations of float32 masters."""

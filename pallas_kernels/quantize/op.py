@@ -128,6 +128,22 @@ def quantize_and_pack(
     return reference.quantize_rows(x_MK, power_of_two=True), e5m6.pack_e5m6(x_MK)
 
 
+@jax.named_scope("quantizer")
+def unpack_and_quantize_columns(
+    stored: PackedE5M6, dtype: jax.typing.DTypeLike, *, implementation: dispatch.Implementation = "auto"
+) -> tuple[Float[Array, "M K"], Tiles]:
+    """:func:`~pallas_kernels.quantize.unpack_e5m6`, and :func:`quantize_columns` of that with powers of two as scales.
+
+    The Hopper kernel, which makes both in one pass, wants K to be a multiple of 256. Otherwise as
+    :func:`quantize_rows`.
+    """
+    why = e5m6_sm90.unpack_obstacle(stored, dtype)
+    if dispatch.choose("unpack_and_quantize_columns", implementation, {"pallas": why}) == "pallas":
+        return once(e5m6_sm90.unpack_and_quantize_columns, dtype=jnp.dtype(dtype))(stored)
+    x_MK = e5m6.unpack_e5m6(stored, dtype)
+    return x_MK, quantize_columns(x_MK, power_of_two=True, implementation=implementation)
+
+
 def quantize_weight(
     w_KN: Float[Array, "*G K N"], power_of_two: bool = False, *, implementation: dispatch.Implementation = "auto"
 ) -> Weight:

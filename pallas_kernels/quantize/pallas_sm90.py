@@ -46,7 +46,7 @@ LAYOUT_OF_CODES = {ROWS: ROWS, COLUMNS: plgpu.Layout.WGMMA_8BIT}
 """Layouts of the codes of 16-bit numbers."""
 
 
-def obstacle(x_MK: Array, dtypes: tuple[str, ...] = ("bfloat16", "float16")) -> str | None:
+def obstacle(x_MK: Array | jax.ShapeDtypeStruct, dtypes: tuple[str, ...] = ("bfloat16", "float16")) -> str | None:
     """Says why the kernels cannot quantize ``x_MK``, or None where they can."""
     if (why := dispatch.hopper_obstacle()) is not None:
         return why

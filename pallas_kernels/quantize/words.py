@@ -17,7 +17,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mlir import i32, integer, joined, larger_magnitudes, parts_of, scalar, words_of
+from pallas_kernels.mlir import i32, integer, joined, larger_magnitudes, of_words, parts_of, scalar, words_of
 
 
 def widened(x: Array, *, layout: Any) -> Array:
@@ -86,6 +86,31 @@ def codes_of_rows(
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return run(x, keep, *factors)
+
+
+def e5m6_values(low: Array, high: Array, half: int, *, layout: Any) -> Array:
+    """Codes as the float16 numbers they are part of: ``low`` has bits 4 to 11, a half of ``high`` the four above."""
+    returned = plgpu.ShapeDtypeStruct(low.shape, jnp.float16, layout=layout)
+    mask, distance = (0x00F000F0, 8) if half else (0x000F000F, 12)
+
+    def numbers(low: Any, high: Any) -> Any:
+        made = []
+        for word, above in zip(_words(low), _words(high), strict=True):
+            for selector in (0x4140, 0x4342):  # two bytes, each with zeros above
+                bits, upper = (_permuted(of, integer(0), selector) for of in (word, above))
+                upper = arith.shli(arith.andi(upper, integer(mask)), integer(distance))
+                made.append(arith.ori(arith.shli(bits, integer(4)), upper))
+        return of_words(made, ir.VectorType.get([2 * len(made)], ir.F16Type.get()))
+
+    @plgpu.inline_mgpu(arg_types=(layout, layout), return_type=returned)
+    def run(ctx: Any, low: Any, high: Any) -> Any:
+        del ctx
+        registers = np.empty(low.registers.shape, object)
+        for at in np.ndindex(registers.shape):
+            registers[at] = numbers(low.registers[at], high.registers[at])
+        return mgpu.FragmentedArray(_registers=registers, _layout=low.layout, _is_signed=None)
+
+    return run(low, high)
 
 
 def _row_indices(layout: Any, registers: tuple[int, ...]) -> list[list[tuple[int, ...]]]:

@@ -10,7 +10,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.norm_quantize import cases, norm_quantize, pallas_sm90, reference
+from pallas_kernels.norm_quantize import backward_sm90, cases, norm_backward, norm_quantize, op, pallas_sm90, reference
 from pallas_kernels.quantize import quantize_rows
 from pallas_kernels.testing import assert_close
 
@@ -24,7 +24,7 @@ def arrays_of(case, dtype=jnp.bfloat16):
 
 def check_nearly_equal(got, expected):
     """Equal but where another order of summation rounded y otherwise: rarely, and then to a neighbour."""
-    (tiles, y), (wanted, wanted_y) = got, expected
+    (tiles, y), (wanted, wanted_y) = got[:2], expected[:2]
     assert_close(tiles.scale, wanted.scale, tolerance=1e-3)
     codes, wanted_codes = (np.asarray(t.q).view(np.uint8).astype(int) for t in (tiles, wanted))
     assert np.abs(codes - wanted_codes).max() <= 1
@@ -43,7 +43,7 @@ def test_the_tiles_are_those_of_the_norm_and_its_backward_is_the_norms_own(case)
 
     @jax.jit
     def run(x, weight, dy):
-        tiles, y = norm_quantize(x, weight, eps=EPS, with_output=True)
+        tiles, y, _ = norm_quantize(x, weight, eps=EPS, with_output=True)
         carried = jax.vjp(lambda x, w: norm_quantize(x, w, eps=EPS)[1], x, weight)[1](dy)
         return tiles, y, quantize_rows(y), carried, plain(x, weight), jax.vjp(plain, x, weight)[1](dy)
 
@@ -57,7 +57,7 @@ def test_the_tiles_are_those_of_the_norm_and_its_backward_is_the_norms_own(case)
 
 def test_rounding_to_bfloat16_comes_before_quantizing_even_compiled():
     x, weight = arrays_of(cases.SMALL[0])
-    tiles, y = jax.jit(functools.partial(norm_quantize, eps=EPS, with_output=True))(x, weight)
+    tiles, y, _ = jax.jit(functools.partial(norm_quantize, eps=EPS, with_output=True))(x, weight)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(tiles.q, jax.jit(quantize_rows)(y).q)
 
@@ -77,6 +77,55 @@ def test_the_kernel_in_the_interpreter_equals_the_definition_without_a_race():
         jax.block_until_ready(got),
         jax.jit(reference.norm_quantize, static_argnums=(2, 3, 4))(x, weight, EPS, False, True),
     )
+    assert not gpu_callbacks.get_races().races_found
+
+
+def test_the_residual_paths_gradient_is_added_before_the_sum_is_rounded():
+    x, weight = arrays_of(cases.SMALL[0])
+    dy, dresidual = (jax.random.normal(jax.random.key(seed), x.shape, x.dtype) for seed in (1, 2))
+
+    @jax.jit
+    def gradients(x, weight, dy, dresidual):
+        _, back = jax.vjp(lambda x, w: norm_quantize(x, w, eps=EPS)[1:], x, weight)
+        wide = (array.astype(jnp.float32) for array in (x, weight, dy))
+        return back((dy, dresidual)), reference.norm_backward(*wide, eps=EPS)
+
+    (dx, dweight), (expected, expected_dweight) = gradients(x, weight, dy, dresidual)
+    rounded_once = (expected + dresidual.astype(jnp.float32)).astype(x.dtype)
+    assert (dx != rounded_once).mean() < 1e-3 < (dx != expected.astype(x.dtype) + dresidual).mean()
+    assert_close(dweight, expected_dweight)
+
+
+def test_without_a_residual_path_no_zeros_are_added(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        op, "norm_backward", lambda *arrays, **how: seen.append(arrays) or norm_backward(*arrays, **how)
+    )
+    x, weight = arrays_of(cases.SMALL[0])
+
+    def layer(x, weight, residual):
+        _, y, again = norm_quantize(x, weight, eps=EPS)
+        return jnp.sum(y + again if residual else y)
+
+    for residual in (False, True):
+        jax.eval_shape(jax.grad(jax.checkpoint(functools.partial(layer, residual=residual))), x, weight)
+    assert [arrays[3] is None for arrays in seen] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("dim_k", "residual", "rows"), [(512, True, 24), (768, False, 24)], ids=["with a residual path", "without"]
+)
+def test_the_backward_kernel_in_the_interpreter_equals_the_definition_without_a_race(dim_k, residual, rows):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, dy, dresidual = (jax.random.normal(key, (rows, dim_k), jnp.bfloat16) for key in keys)
+    weight = 1 + 0.1 * jax.random.normal(keys[0], (dim_k,))
+    given = (x, weight, dy, dresidual if residual else None)
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    # Three blocks' worth of steps on one block: its stages are filled again.
+    got = jax.block_until_ready(backward_sm90.norm_backward(*given, eps=EPS, sm_count=1, interpret=params))
+    expected = jax.jit(functools.partial(reference.norm_backward, eps=EPS))(*given)
+    assert_close(got[0], expected[0])
+    assert_close(got[1], expected[1])
     assert not gpu_callbacks.get_races().races_found
 
 
@@ -111,3 +160,19 @@ def test_results_on_hopper_equal_the_definition(case, power_of_two):
     run = functools.partial(norm_quantize, eps=EPS, power_of_two=power_of_two, with_output=True)
     got, expected = (jax.jit(functools.partial(run, implementation=name))(x, weight) for name in ("pallas", "xla"))
     check_nearly_equal(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "with a residual path"])
+@pytest.mark.parametrize("case", [*cases.SMALL, *cases.BENCHED], ids=lambda case: case.name)
+def test_gradients_on_hopper_are_the_definitions(case, residual):
+    x, weight = arrays_of(case) if case in cases.SMALL else (None, None)
+    keys = jax.random.split(jax.random.key(0), 4)
+    if x is None:
+        x, weight = jax.random.normal(keys[0], case.shape, jnp.bfloat16), jax.random.normal(keys[1], case.shape[1:])
+    dy, dresidual = (jax.random.normal(key, case.shape, jnp.bfloat16) for key in keys[2:])
+    given = (x, weight, dy, dresidual if residual else None)
+    run = functools.partial(norm_backward, eps=EPS)
+    got, expected = (jax.jit(functools.partial(run, implementation=name))(*given) for name in ("pallas", "xla"))
+    assert_close(got[0], expected[0], tolerance=1e-3)
+    assert_close(got[1], expected[1], tolerance=1e-5)

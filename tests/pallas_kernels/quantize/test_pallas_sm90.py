@@ -1,5 +1,7 @@
 """The Hopper kernels: in the interpreter with its race detector, lowered for Hopper, and (-m gpu) on the device."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.quantize import cases, e5m6, e5m6_sm90, op, pallas_sm90, reference
+from pallas_kernels.quantize import PackedE5M6, cases, e5m6, e5m6_sm90, op, pallas_sm90, reference
 from pallas_kernels.quantize.tile_loop import Tiling
 
 OF_ACTIVATIONS = ("quantize_rows", "quantize_columns", "quantize_both")
@@ -51,7 +53,10 @@ def test_results_in_the_interpreter_equal_the_definition_without_a_race():
 def test_rows_are_quantized_and_packed_in_one_pass_without_a_race():
     x = jnp.asarray(cases.Case("two_halves", (128, 512), "spread").array(), jnp.bfloat16)
     x = x.at[3, 5].set(jnp.inf).at[7].set(0).at[9].set(-0.0)
-    same(raceless(e5m6_sm90.quantize_and_pack, x), jax.jit(op.quantize_and_pack)(x))
+    expected = jax.jit(op.quantize_and_pack)(x)
+    same(raceless(e5m6_sm90.quantize_and_pack, x), expected)
+    again = raceless(e5m6_sm90.unpack_and_quantize_columns, expected[1], dtype=x.dtype)
+    same(again, jax.jit(op.unpack_and_quantize_columns, static_argnums=1)(expected[1], x.dtype))
 
 
 def test_the_kernels_lower_for_hopper_at_the_benched_shapes(monkeypatch):
@@ -65,6 +70,8 @@ def test_the_kernels_lower_for_hopper_at_the_benched_shapes(monkeypatch):
     rows, dim_k = cases.ACTIVATIONS[-1].shape
     lower(op.quantize_both, ((rows, dim_k), jnp.bfloat16))
     lower(op.quantize_and_pack, ((rows, dim_k), jnp.bfloat16))
+    stored = ((rows, dim_k // 2 * 3), jnp.uint8), ((dim_k // 128, rows), jnp.float32)
+    lower(lambda *stored: op.unpack_and_quantize_columns(PackedE5M6(*stored), jnp.bfloat16), *stored)
     lower(op.requantize_columns, ((rows, dim_k), jnp.float8_e4m3fn), ((dim_k // 128, rows), jnp.float32))
     lower(op.quantize_weight, ((2, *cases.WEIGHTS[0].shape), jnp.float32))
 
@@ -119,6 +126,10 @@ def test_bits_packed_on_hopper_equal_the_definition_on_the_cpu(how):
     x = spoiled(jnp.asarray(cases.Case("spread", (256, 1024), "spread").array()), how).astype(jnp.bfloat16)
     x = x.at[7].set(0).at[9].set(-0.0)
 
+    def columns_again(packed, dtype):
+        back = e5m6.unpack_e5m6(packed, dtype)
+        return back, reference.quantize_columns(back, True)
+
     def definition(x, _):
         return reference.quantize_rows(x, True), e5m6.pack_e5m6(x)
 
@@ -126,6 +137,9 @@ def test_bits_packed_on_hopper_equal_the_definition_on_the_cpu(how):
     same(jax.jit(e5m6_sm90.quantize_and_pack)(x), (tiles, packed))
     same(jax.jit(definition)(x, 0), (tiles, packed))
     same(jax.jit(e5m6.unpack_e5m6)(packed), on_the_cpu(lambda stored, _: e5m6.unpack_e5m6(stored), packed, 0))
+    for name in ("pallas", "xla"):
+        back = functools.partial(op.unpack_and_quantize_columns, implementation=name)
+        same(jax.jit(back, static_argnums=1)(packed, x.dtype), on_the_cpu(columns_again, packed, x.dtype))
 
 
 @pytest.mark.gpu
