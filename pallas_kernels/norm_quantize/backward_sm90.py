@@ -19,11 +19,15 @@ from pallas_kernels.quantize.registers import round_16
 from pallas_kernels.quantize.words import widened
 
 STAGES = 2
+"""Steps whose rows are in shared memory."""
+
+STEP_VALUES = 8192
+"""Of each input that a step takes at most, unless a row has more."""
+
+WIDE = 2048
+"""Columns from which on a thread's take the registers that a third thread block on the SM would need."""
+
 _WARPS, _LANES = 4, 32
-_MOST_ROWS, _VALUES = 8, 8192
-"""Of a step."""
-_WIDE = 2048
-"""From here on a thread's columns take the registers that a third thread block on the SM would."""
 
 
 def norm_backward(
@@ -42,9 +46,9 @@ def norm_backward(
     chunk = (_WARPS, _LANES * neighbours)
     chunks = dim_k // (chunk[0] * chunk[1])
     layout = plgpu.Layout.TILED(plgpu.Tiling((chunk, (neighbours,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
-    step_rows = max(count for count in (1, 2, 4, _MOST_ROWS) if count == 1 or count * dim_k <= _VALUES)
+    step_rows = max(count for count in (1, 2, 4, 8) if count == 1 or count * dim_k <= STEP_VALUES)
     steps = rows // step_rows
-    blocks = min(sm_count * (2 if dim_k >= _WIDE else 3), steps)
+    blocks = min(sm_count * (2 if dim_k >= WIDE else 3), steps)
     given = (x_MK, dy_MK) if dresidual_MK is None else (x_MK, dy_MK, dresidual_MK)
 
     def load(ref: Any) -> Array:

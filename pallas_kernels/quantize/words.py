@@ -103,8 +103,9 @@ def e5m6_values(low: Array, high: Array, half: int, *, layout: Any) -> Array:
         return of_words(made, ir.VectorType.get([2 * len(made)], ir.F16Type.get()))
 
     @plgpu.inline_mgpu(arg_types=(layout, layout), return_type=returned)
-    def run(ctx: Any, low: Any, high: Any) -> Any:
+    def run(ctx: Any, *arrays: Any) -> Any:
         del ctx
+        low, high = arrays
         registers = np.empty(low.registers.shape, object)
         for at in np.ndindex(registers.shape):
             registers[at] = numbers(low.registers[at], high.registers[at])

@@ -24,8 +24,8 @@ def same(got, expected):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         a, b = np.asarray(a), np.asarray(b)
-        if a.dtype == np.float32:
-            np.testing.assert_array_equal(a, b)  # NaN equals NaN here
+        if a.dtype in (np.float32, jnp.bfloat16):
+            np.testing.assert_array_equal(a.astype(np.float32), b.astype(np.float32))  # NaN equals NaN here
         else:
             np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
 
