@@ -87,7 +87,7 @@ def read_info(path: Path) -> CheckpointInfo:
     try:
         told = json.loads((path / "info.json").read_text(encoding="utf-8"))
         return CheckpointInfo(path, told["step"], told["tokens"], told["val_bpb"], told["data"], told["extra"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, f"info.json cannot be read ({_one_line(error)})") from error
 
 
@@ -116,8 +116,8 @@ def stored_arrays(path: Path) -> dict[str, dict[str, Any]]:
         CheckpointError: the manifest is missing or broken.
     """
     try:
-        return json.loads((path / "manifest.json").read_text(encoding="utf-8"))["arrays"]
-    except (OSError, ValueError, KeyError) as error:
+        return _read_manifest(path)["arrays"]
+    except (OSError, ValueError) as error:
         raise _damaged(path, f"manifest.json cannot be read ({_one_line(error)})") from error
 
 
@@ -345,11 +345,10 @@ def _fault(path: Path) -> tuple[str, dict[str, Any]]:
     if not path.is_dir():
         return "there is no such folder", {}
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        files = manifest["files"].items()
-    except (OSError, ValueError, KeyError) as error:
+        manifest = _read_manifest(path)
+    except (OSError, ValueError) as error:
         return f"manifest.json cannot be read ({_one_line(error)})", {}
-    for name, expected in files:
+    for name, expected in manifest["files"].items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing", {}
@@ -358,6 +357,18 @@ def _fault(path: Path) -> tuple[str, dict[str, Any]]:
         if "crc32" in expected and _crc32(file) != expected["crc32"]:
             return f"{name} has changed since it was written", {}
     return "", manifest
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    told = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    try:
+        whole = all({"shape", "dtype"} <= array.keys() for array in told["arrays"].values())
+        whole = whole and all("bytes" in file for file in told["files"].values())
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError("it does not list a checkpoint's arrays and files")
+    return told
 
 
 def _damaged(path: Path, fault: str) -> CheckpointError:

@@ -224,7 +224,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where} = {value!r} must be a number or a list of {{until, value, shape}}")
         return tuple(_convert(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{where} = {value!r} is too large a number") from None
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

@@ -88,7 +88,7 @@ def from_hf(tree: Mapping[str, Any]) -> ModelConfig:
         ConfigError: what this model does not compute, named by field.
     """
     family = tree.get("model_type")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise ConfigError(
             f"config.json: model_type = {family!r} is not a family that this model computes; "
             f"there are {', '.join(ARCHITECTURES)}"
@@ -101,7 +101,7 @@ def from_hf(tree: Mapping[str, Any]) -> ModelConfig:
     given |= _FROM[str(family)](tree)
     theta, scaling = _read_rope(tree)
     given |= {"rope_theta": theta, "rope_scaling": dataclasses.asdict(scaling)}
-    given |= {name: value for name, value in (tree.get("dsv3_jax") or {}).items() if name in _OURS}
+    given |= {name: value for name, value in _section(tree, "dsv3_jax").items() if name in _OURS}
     model = build(ModelConfig, given, "config.json: ")
     validate_model(model)
     return model
@@ -187,8 +187,8 @@ def _refuse_unknown_parts(tree: Mapping[str, Any]) -> None:
     ):
         if tree.get(name) not in (None, only):
             raise ConfigError(f"config.json: {name} = {tree[name]!r} is not computed here, only {only!r}")
-    quantization = tree.get("quantization_config")
-    if quantization is not None:
+    if tree.get("quantization_config") is not None:
+        quantization = _section(tree, "quantization_config")
         for name, only in QUANTIZATION.items():
             found = quantization.get(name)
             if found != only and not (found is None and name != "quant_method"):
@@ -207,6 +207,21 @@ def _require_fields(tree: Mapping[str, Any], family: str) -> None:
     missing = [name for name in needed if name not in tree]
     if missing:
         raise ConfigError(f"config.json of model_type {family!r} lacks {', '.join(missing)}")
+
+
+def _section(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The object of fields at ``name``; empty where there is none."""
+    found = tree.get(name) or {}
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"config.json: {name} = {found!r} must be an object of fields")
+    return found
+
+
+def _number[N: (int, float)](kind: type[N], value: Any, name: str) -> N:
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"config.json: {name} = {value!r} must be a number") from None
 
 
 def _first(value: Any) -> Any:
@@ -246,11 +261,12 @@ def _v2(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mha(tree: Mapping[str, Any]) -> dict[str, Any]:
-    heads = int(tree.get("num_attention_heads") or 1)
+    heads = _number(int, tree.get("num_attention_heads") or 1, "num_attention_heads")
+    size = _number(int, tree.get("hidden_size") or 0, "hidden_size")
     return {
         "attention": "mha",
         "num_key_value_heads": tree.get("num_key_value_heads") or heads,
-        "head_dim": tree.get("head_dim") or int(tree.get("hidden_size") or 0) // heads,
+        "head_dim": tree.get("head_dim") or size // heads,
         "rope_interleave": False,
     }
 
@@ -282,8 +298,8 @@ def _only(given: Mapping[str, Any], **allowed: tuple[str, ...]) -> None:
 
 def _read_rope(tree: Mapping[str, Any]) -> tuple[float, RopeScaling]:
     """Base and YaRN, from ``rope_scaling`` or the newer ``rope_parameters``."""
-    told = dict(tree.get("rope_parameters") or {}) | dict(tree.get("rope_scaling") or {})
-    theta = float(told.get("rope_theta", tree.get("rope_theta", 10000.0)))
+    told = {**_section(tree, "rope_parameters"), **_section(tree, "rope_scaling")}
+    theta = _number(float, told.get("rope_theta", tree.get("rope_theta", 10000.0)), "rope_theta")
     kind = told.get("rope_type", told.get("type", "default"))
     if kind == "default":
         return theta, RopeScaling()
@@ -297,15 +313,16 @@ def _read_rope(tree: Mapping[str, Any]) -> tuple[float, RopeScaling]:
         raise ConfigError(
             f"config.json: rope_scaling.mscale_all_dim has no meaning with model_type {tree['model_type']!r}"
         )
-    given = {name: float(told[name]) for name in _YARN if told.get(name) is not None}
-    original = told.get("original_max_position_embeddings", tree.get("max_position_embeddings", 4096))
+    given = {name: _number(float, told[name], f"rope_scaling.{name}") for name in _YARN if told.get(name) is not None}
+    name = "original_max_position_embeddings"
+    original = told.get(name, tree.get("max_position_embeddings", 4096))
     if not (given.get("mscale") and given.get("mscale_all_dim")):
         if given.get("mscale_all_dim"):
             raise ConfigError("config.json: rope_scaling has mscale_all_dim without mscale: give both, or neither")
         # The whole temperature then sits in the rotation (spec 4.4).
         given |= {"mscale": 1.0, "mscale_all_dim": 0.0}
-    given.pop("original_max_position_embeddings", None)
-    return theta, RopeScaling(original_max_position_embeddings=int(original), **given)
+    given.pop(name, None)
+    return theta, RopeScaling(original_max_position_embeddings=_number(int, original, name), **given)
 
 
 def _write_yarn(scaling: RopeScaling) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from dsv3_jax.checkpoint import (
     newest_checkpoint,
     read_info,
     restore,
+    stored_arrays,
     verify,
 )
 
@@ -186,6 +187,18 @@ def test_damage_is_named_with_the_last_good_checkpoint_and_not_passed_over(tmp_p
     newest = newest_checkpoint(tmp_path / "c")
     assert newest is not None
     _same(restore(newest, _abstract(_tree())), _tree(2))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1]", "{}", '{"arrays": [], "files": {}}', '{"arrays": {"a": 1}, "files": {}}', '{"arrays": {}, "files": 2}'],
+)
+def test_a_manifest_of_another_form_is_damage(tmp_path, text):
+    _saved(tmp_path / "c")
+    (tmp_path / "c" / "1" / "manifest.json").write_text(text)
+    for read in (verify, stored_arrays):
+        with pytest.raises(CheckpointError, match=r"damaged: manifest\.json cannot be read \(it does not list[^\n]*$"):
+            read(tmp_path / "c" / "1")
 
 
 def test_the_only_checkpoint_damaged_says_so(tmp_path):
