@@ -24,10 +24,14 @@ STAGES = 2
 STEP_VALUES = 8192
 """Of each input that a step takes at most, unless a row has more."""
 
-WIDE = 2048
-"""Columns from which on a thread's take the registers that a third thread block on the SM would need."""
-
 _WARPS, _LANES = 4, 32
+_SHARED_MEMORY = 220 * 1024
+"""Bytes of an SM that staged rows may take."""
+
+
+def blocks_per_sm(dim_k: int, staged_bytes: int) -> int:
+    """Thread blocks that share an SM: what shared memory holds, or a thread's registers for that many columns."""
+    return min(4 if dim_k <= 4096 else 2, _SHARED_MEMORY // staged_bytes)
 
 
 def norm_backward(
@@ -48,8 +52,9 @@ def norm_backward(
     layout = plgpu.Layout.TILED(plgpu.Tiling((chunk, (neighbours,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
     step_rows = max(count for count in (1, 2, 4, 8) if count == 1 or count * dim_k <= STEP_VALUES)
     steps = rows // step_rows
-    blocks = min(sm_count * (2 if dim_k >= WIDE else 3), steps)
     given = (x_MK, dy_MK) if dresidual_MK is None else (x_MK, dy_MK, dresidual_MK)
+    staged_bytes = STAGES * len(given) * step_rows * dim_k * dtype.itemsize
+    blocks = min(sm_count * blocks_per_sm(dim_k, staged_bytes), steps)
 
     def load(ref: Any) -> Array:
         return plgpu.load(ref, layout=layout, optimized=False)
@@ -72,21 +77,20 @@ def norm_backward(
         def take(turn: Any, dweight: list[Array]) -> list[Array]:
             step, slot, side = block + turn * blocks, lax.rem(turn, STAGES), lax.rem(turn, 2)
 
-            def wide(number: int, row: int, part: int) -> Array:
+            def wide(number: int, row: Any, part: int) -> Array:
                 values = load(staged.at[slot, number, row, part])
                 return values.astype(jnp.float32) if interpret else widened(values, layout=layout)
 
-            plgpu.barrier_wait(full.at[slot])
-            for row in range(step_rows):
+            def sum_row(row: Any, _: None) -> None:
                 square, along = zeros, zeros
                 for part in range(chunks):
                     x, dy = wide(0, row, part), wide(1, row, part)
                     square += x * x
                     along += x * (dy * weight[part])
                 sums[side, row, 0, :], sums[side, row, 1, :] = jnp.sum(square, axis=1), jnp.sum(along, axis=1)
-            plgpu.commit_smem()
-            fetch_if_any(turn + STAGES - 1)
-            for row in range(step_rows):
+
+            def finish_row(row: Any, dweight: list[Array]) -> list[Array]:
+                dweight = list(dweight)
                 square, along = (sum(sums[side, row, which, warp] for warp in range(_WARPS)) for which in (0, 1))
                 inverse = lax.rsqrt(lax.broadcast(square * (1.0 / dim_k) + eps, chunk))
                 factor = inverse * inverse * inverse * lax.broadcast(along * (1.0 / dim_k), chunk)
@@ -97,7 +101,14 @@ def norm_backward(
                         dx += wide(2, row, part)
                     dx_ref[step * step_rows + row, part] = round_16(dx, dtype, layout=layout, interpret=interpret)
                     dweight[part] += dy * (x * inverse)
-            return dweight
+                return dweight
+
+            # Rows are a loop, not copies of the program: finding layouts takes time that grows with its square.
+            plgpu.barrier_wait(full.at[slot])
+            lax.fori_loop(0, step_rows, sum_row, None)
+            plgpu.commit_smem()
+            fetch_if_any(turn + STAGES - 1)
+            return lax.fori_loop(0, step_rows, finish_row, dweight)
 
         for turn in range(STAGES - 1):
             fetch_if_any(jnp.int32(turn))
