@@ -175,6 +175,9 @@ class DataConfig:
     """Bytes of the train split used, taken by a seeded choice of documents; 0 takes all."""
     fim_rate: float = 0.1
     """Share of documents turned into fill-in-the-middle, PSM form (spec 9.2)."""
+    fim_cuts: Literal["characters", "tokens"] = "characters"
+    """Where such a document may be cut, each place equally likely: between characters, so that models learn to go on
+    inside a word, or between the tokens of the whole document (spec 9.2, UNCONFIRMED)."""
     split_rate: float = 0.1
     """Share of tokens joining punctuation and line breaks that are split (spec 9.3; share UNCONFIRMED)."""
     pack_window: int = 256

@@ -9,8 +9,8 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.data.tokenizer import Tokenizer
 
 
-def cut_in_three(text: str, rng: np.random.Generator) -> tuple[str, str, str]:
-    """Prefix, middle and suffix of ``text``: two cuts, each uniform over its character borders (spec 9.2, DEFAULT)."""
+def cut_in_three[Text: (str, list[int])](text: Text, rng: np.random.Generator) -> tuple[Text, Text, Text]:
+    """Prefix, middle and suffix: two cuts, each uniform over the borders of characters or of tokens (spec 9.2)."""
     first, second = np.sort(rng.integers(0, len(text) + 1, size=2))
     return text[:first], text[first:second], text[second:]
 

@@ -62,8 +62,12 @@ class Data:
     def fingerprint(self) -> str:
         """Hash of all that decides which rows come in which order."""
         config = self.config
+        # As it was before there was a choice of cuts, so that runs from then go on.
+        fim = config.data.fim_rate
+        if fim and config.data.fim_cuts != "characters":
+            fim = (fim, config.data.fim_cuts)
         parts = (
-            _ORDER_VERSION, self.tokenizer.fingerprint, config.train.seed, config.train.seq_len, config.data.fim_rate,
+            _ORDER_VERSION, self.tokenizer.fingerprint, config.train.seed, config.train.seq_len, fim,
             config.data.split_rate, config.data.pack_window, config.data.shards,
         )  # fmt: skip
         documents = self.train_ids.tobytes() + self.corpus.digests[self.train_ids].tobytes()
@@ -75,7 +79,8 @@ class Data:
         data = self.config.data
         splitter = BoundarySplitter(self.tokenizer)
         width = self.config.train.seq_len + 1
-        return RowMaker(self.tokenizer, splitter, width, data.fim_rate, data.split_rate, self.config.train.seed)
+        seed = self.config.train.seed
+        return RowMaker(self.tokenizer, splitter, width, data.fim_rate, data.split_rate, seed, data.fim_cuts)
 
     def train_rows(
         self, process_index: int = 0, process_count: int = 1, state: Mapping[str, Any] | None = None

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int32
@@ -28,6 +29,7 @@ class RowMaker:
     fim_rate: float
     split_rate: float
     seed: int
+    fim_cuts: Literal["characters", "tokens"] = "characters"
 
     def __post_init__(self) -> None:
         """Refuse FIM without its tokens."""
@@ -44,15 +46,18 @@ class RowMaker:
         """
         rngs = [np.random.default_rng([self.seed, epoch, number]) for number in numbers]
         cut = [rng.random() < self.fim_rate for rng in rngs]
+        before = self.fim_cuts == "characters"
         parts = [
-            list(cut_in_three(text, rng)) if fim else [text] for text, rng, fim in zip(texts, rngs, cut, strict=True)
+            list(cut_in_three(text, rng)) if fim and before else [text]
+            for text, rng, fim in zip(texts, rngs, cut, strict=True)
         ]
         encoded = iter(self.tokenizer.encode_batch([part for several in parts for part in several]))
         documents = []
         for rng, fim in zip(rngs, cut, strict=True):
-            if fim:
-                prefix, middle, suffix = next(encoded), next(encoded), next(encoded)
-                ids = psm(self.tokenizer, prefix, middle, suffix)
+            if fim and before:
+                ids = psm(self.tokenizer, next(encoded), next(encoded), next(encoded))
+            elif fim:
+                ids = psm(self.tokenizer, *cut_in_three(list(next(encoded)), rng))
             else:
                 ids = np.array([*next(encoded), self.tokenizer.eos_id], np.int32)
             documents.append(self.splitter.split(ids, self.split_rate, rng))

@@ -7,11 +7,11 @@ from dsv3_jax.data.fim import cut_in_three, psm
 from dsv3_jax.data.rows import RowMaker
 
 
-def _maker(tokenizer, rate: float, seed: int = 0) -> RowMaker:
-    return RowMaker(tokenizer, BoundarySplitter(tokenizer), 33, rate, 0.0, seed)
+def _maker(tokenizer, rate: float, seed: int = 0, cuts="characters") -> RowMaker:
+    return RowMaker(tokenizer, BoundarySplitter(tokenizer), 33, rate, 0.0, seed, cuts)
 
 
-def _parts(tokenizer, ids: list[int]) -> tuple[str, str, str]:
+def _parts(tokenizer, ids: list[int]) -> tuple[list[int], list[int], list[int]]:
     """Prefix, suffix and middle by the positions of the FIM tokens, which must come once each and in order."""
     hole, end = ids.index(tokenizer.fim_hole_id), ids.index(tokenizer.fim_end_id)
     assert ids[0] == tokenizer.fim_begin_id
@@ -19,7 +19,7 @@ def _parts(tokenizer, ids: list[int]) -> tuple[str, str, str]:
     assert hole < end
     prefix, suffix, middle = ids[1:hole], ids[hole + 1 : end], ids[end + 1 : -1]
     assert not {*prefix, *suffix, *middle} & set(tokenizer.specials.values())
-    return tokenizer.decode(prefix), tokenizer.decode(suffix), tokenizer.decode(middle)
+    return prefix, suffix, middle
 
 
 def test_about_a_tenth_of_documents_become_fim(tokenizer):
@@ -28,12 +28,15 @@ def test_about_a_tenth_of_documents_become_fim(tokenizer):
     assert 0.085 < share < 0.115  # three standard deviations
 
 
-def test_order_is_begin_prefix_hole_suffix_end_middle_eos_and_the_parts_make_the_document(tokenizer, texts):
+@pytest.mark.parametrize("cuts", ["characters", "tokens"])
+def test_order_is_begin_prefix_hole_suffix_end_middle_eos_and_the_parts_make_the_document(tokenizer, texts, cuts):
     texts = [*texts, "汉字かな🙂 é", "a", "\n"]
-    documents = _maker(tokenizer, 1.0).documents(texts, range(len(texts)), epoch=0)
+    documents = _maker(tokenizer, 1.0, cuts=cuts).documents(texts, range(len(texts)), epoch=0)
     for text, ids in zip(texts, documents, strict=True):
         prefix, suffix, middle = _parts(tokenizer, ids.tolist())
-        assert prefix + middle + suffix == text
+        assert tokenizer.decode([*prefix, *middle, *suffix]) == text
+        if cuts == "tokens":
+            assert [*prefix, *middle, *suffix] == tokenizer.encode(text)
 
 
 def test_documents_without_fim_are_the_text_and_eos(tokenizer, texts):

@@ -189,6 +189,7 @@ def test_fim_and_splitting_differ_between_epochs(settings):
         {"train": {"seed": 5}},
         {"train": {"seq_len": 31}},
         {"data": {"fim_rate": 0.0}},
+        {"data": {"fim_cuts": "tokens"}},
         {"data": {"max_bytes": 20_000}},
         {"data": {"seed": 3}},
         {"data": {"shards": 2}},
