@@ -45,6 +45,7 @@ def run(bench: memory_bench.MemoryBench, case: cases.Case) -> None:
         operation = "norm_backward" + ("" if dresidual is None else " + residual")
         moved = (6 if dresidual is None else 8) * x.size
         inputs = (x, weight, dy, dresidual)
+        bench.copy(case.name, moved)
         portable = functools.partial(reference.norm_backward, eps=EPS)
         baseline = bench.measure(case.name, operation, "xla", portable, inputs, moved_bytes=moved)
         kernel = functools.partial(backward_sm90.norm_backward, eps=EPS)
