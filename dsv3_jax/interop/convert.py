@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -253,6 +254,7 @@ def _finish(
     partial: Path, final: Path, opened: Opened, options: Options, units: Sequence[Unit], journal: Journal
 ) -> None:
     check_destination(final, options.force)  # again: hours may have passed
+    write = functools.partial(write_texts, verify=options.verify)
     texts = dict(opened.texts)
     told = {
         "dtype": options.dtype,
@@ -263,14 +265,14 @@ def _finish(
     if options.to == "orbax":
         folder = partial / "checkpoints" / str(opened.step)
         info = {"step": opened.step, "tokens": opened.tokens, "val_bpb": None, "data": {}, "extra": {}}
-        write_texts(folder, texts | {"info.json": json.dumps(info), "config.toml": to_toml(opened.config)})
-        write_texts(partial, {"config.toml": to_toml(opened.config)})
+        write(folder, texts | {"info.json": json.dumps(info), "config.toml": to_toml(opened.config)})
+        write(partial, {"config.toml": to_toml(opened.config)})
         write_manifest(folder, _array_entries(folder / "state"))
     else:
         stored = stored_as(opened, options.dtype)
         texts |= hf_texts(opened.model, stored, texts)
-        write_texts(partial, texts)
-    write_texts(partial, {MANIFEST: json.dumps(told)})
+        write(partial, texts)
+    write(partial, {MANIFEST: json.dumps(told)})
     for name in (_JOURNAL, _PRINT):
         (partial / name).unlink()
     _sync(partial)

@@ -6,6 +6,7 @@ from pathlib import Path
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.chat_template import CHAT_TEMPLATE
 from dsv3_jax.data.tokenizer import BOS, EOS, PAD, Tokenizer
+from dsv3_jax.interop.tensor_io import WeightsError
 
 CARRIED = (
     "tokenizer.json",
@@ -29,7 +30,7 @@ def carry_texts(folder: Path) -> dict[str, str]:
         for home in homes:
             if name not in found and (home / name).is_file():
                 try:
-                    found[name] = (home / name).read_text(encoding="utf-8")
+                    found[name] = (home / name).read_bytes().decode("utf-8")
                 except (OSError, UnicodeDecodeError) as error:
                     raise ConfigError(f"{home / name} cannot be read as text: {error}") from error
     return found
@@ -52,7 +53,14 @@ def tokenizer_texts(tokenizer: Tokenizer, max_length: int) -> dict[str, str]:
     }
 
 
-def write_texts(folder: Path, texts: dict[str, str]) -> None:
-    """Write text files into a folder."""
+def write_texts(folder: Path, texts: dict[str, str], *, verify: bool = False) -> None:
+    """Write text files into a folder, line ends as they are.
+
+    Raises:
+        WeightsError: ``verify``, and files read back are different; they are named.
+    """
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).write_bytes(text.encode())
+    bad = [name for name, text in texts.items() if (folder / name).read_bytes() != text.encode()] if verify else []
+    if bad:
+        raise WeightsError(f"read back and different: {', '.join(bad)}; convert again, and check the disk")

@@ -1,6 +1,7 @@
 """Tokenizer and chat template as transformers opens them, and what a conversion takes along."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from dsv3_jax.data.tokenizer import PAD, Tokenizer
 from dsv3_jax.interop.convert import convert
 from dsv3_jax.interop.folder_files import carry_texts, tokenizer_texts, write_texts
 from dsv3_jax.interop.pretrained import from_pretrained
+from dsv3_jax.interop.tensor_io import WeightsError
 from tests.dsv3_jax.interop.folders import config_of
 
 BOS, EOS, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
@@ -121,15 +123,16 @@ def test_what_lies_beside_the_weights_comes_along_unchanged_and_is_made_where_it
     own = {
         "tokenizer.json": tokenizer.definition,
         "tokenizer_config.json": '{"mine": "täglich"}',
-        "chat_template.jinja": "{{ messages }}",
+        "chat_template.jinja": "{{ messages }}\r\n",
         "special_tokens_map.json": "{}",
         "generation_config.json": '{"temperature": 0.6}',
     }
     folder = convert(ragged / "bf16", tmp_path / "own", to="hf").path
     write_texts(folder, own)
-    ours = convert(folder, tmp_path / "ours", to="orbax").path
-    back = convert(ours, tmp_path / "back", to="hf").path
+    ours = convert(folder, tmp_path / "ours", to="orbax", verify=True).path
+    back = convert(ours, tmp_path / "back", to="hf", verify=True).path
     assert carry_texts(back) == own
+    assert (back / "chat_template.jinja").read_bytes() == b"{{ messages }}\r\n"
     assert from_pretrained(ours).tokenizer.fingerprint == tokenizer.fingerprint
     for name in own:
         (folder / name).unlink()
@@ -147,3 +150,15 @@ def test_a_file_that_is_no_text_is_one_line(tmp_path):
     (tmp_path / "tokenizer_config.json").write_bytes(b"\xff\xfe{")
     with pytest.raises(ConfigError, match=r"tokenizer_config\.json cannot be read as text"):
         carry_texts(tmp_path)
+
+
+def test_a_text_that_changes_on_the_disk_is_found(ragged, tmp_path, monkeypatch):
+    write = Path.write_bytes
+
+    def flipped(path, data):
+        return write(path, data.replace(b"bos", b"eos") if path.name == "config.json" else data)
+
+    monkeypatch.setattr(Path, "write_bytes", flipped)
+    with pytest.raises(WeightsError, match=r"^read back and different: config\.json; convert again"):
+        convert(ragged / "bf16", tmp_path / "out", to="hf", verify=True)
+    assert not (tmp_path / "out").exists()
