@@ -26,7 +26,7 @@ class Options:
     weights: Literal["params", "ema", "best"] = "params"
     """Of a run: as trained, their moving average, or those with the lowest validation."""
     verify: bool = False
-    """Read every tensor and every text file back and compare."""
+    """Read every tensor, and the texts beside them, back and compare."""
     force: bool = False
     """Replace the weights that are at DST; a folder with anything else in it, or of a run, stays."""
     allow_pickle: bool = False

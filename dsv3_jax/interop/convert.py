@@ -118,7 +118,7 @@ def convert(
     Raises:
         ConfigError: a folder that is not there or may not be replaced, ``dst`` that is or holds ``src``, or an
             architecture without a published layout.
-        WeightsError: tensors that are missing, unexpected, damaged or read back different.
+        WeightsError: tensors that are missing, unexpected or damaged; tensors or texts that are read back different.
     """
     source, final = Path(src), Path(dst)
     check_apart(source, final)

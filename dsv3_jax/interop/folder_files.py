@@ -59,8 +59,9 @@ def write_texts(folder: Path, texts: dict[str, str], *, verify: bool = False) ->
     Raises:
         WeightsError: ``verify``, and files read back are different; they are named.
     """
-    for name, text in texts.items():
-        (folder / name).write_bytes(text.encode())
-    bad = [name for name, text in texts.items() if (folder / name).read_bytes() != text.encode()] if verify else []
+    contents = {folder / name: text.encode() for name, text in texts.items()}
+    for path, content in contents.items():
+        path.write_bytes(content)
+    bad = [path.name for path, content in contents.items() if path.read_bytes() != content] if verify else []
     if bad:
         raise WeightsError(f"read back and different: {', '.join(bad)}; convert again, and check the disk")
